@@ -1,0 +1,1 @@
+"""onnx-lowrank: ONNX model in, faster ONNX model out, with proof."""

@@ -1,0 +1,1 @@
+"""Rank rules: from a candidate table and a budget to one choice per layer."""

@@ -1,0 +1,1 @@
+"""The embedded demo network and its data."""

@@ -1,0 +1,1 @@
+"""Measured latency of chains and models."""

@@ -1,0 +1,1 @@
+"""The report: dataclasses, JSON and terminal table."""

@@ -1,0 +1,1 @@
+"""Decompositions: pure mathematics from a layer's weight to the factors of a chain."""
