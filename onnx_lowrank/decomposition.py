@@ -1,1 +1,71 @@
-"""Reserved for the room of this name; see CONTRIBUTING."""
+"""The protocol of every decomposition: pure mathematics from a canonical weight to the factors of a chain."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+from onnx_lowrank.chain import Chain
+from onnx_lowrank.layer import Array, LayerShape
+
+Rank = tuple[int, ...]
+
+
+class Factorization(ABC):
+    """A weight decomposed once: errors and factors of every rank are then cheap."""
+
+    @abstractmethod
+    def error(self, rank: Rank) -> float:
+        """Upper bound of the relative Frobenius error ||W - W'|| / ||W|| at `rank`; exact for spectral methods."""
+
+    @abstractmethod
+    def spectral_error(self, rank: Rank) -> float:
+        """The same in the spectral norm of the unfolding the method cuts; what the minimax rule of ALDS compares."""
+
+    @abstractmethod
+    def factors(self, rank: Rank) -> tuple[Array, ...]:
+        """Weights of the chain's stages at `rank`, first stage first, each of shape `stage.weight`."""
+
+
+class Decomposition(ABC):
+    """A low-rank format. Subclasses are frozen dataclasses; their fields are their only options.
+
+    A new file in passes/decompose with such a subclass is found, listed, priced and tested without registration.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def refusal(self, shape: LayerShape) -> str | None:
+        """The sentence a user reads when the layer cannot be put into this format, or None."""
+
+    @abstractmethod
+    def ranks(self, shape: LayerShape, block: int) -> Sequence[Rank]:
+        """Ranks worth pricing: fewer weights than the dense layer, multiples of `block` where that is possible."""
+
+    @abstractmethod
+    def chain(self, shape: LayerShape, rank: Rank) -> Chain:
+        """The chain at `rank`; shapes only."""
+
+    @abstractmethod
+    def factorize(self, weight: Array) -> Factorization:
+        """Decompose a canonical weight (groups, out, in, *kernel) once, for every rank."""
+
+    @abstractmethod
+    def exact_rank(self, shape: LayerShape) -> Rank | None:
+        """The rank at which any weight of this shape is reproduced, or None if the format cannot."""
+
+
+def aligned(limit: int, block: int) -> list[int]:
+    """Ranks 1..limit worth trying on a machine with channel blocks of `block`.
+
+    Multiples of the block and, below the first block, its halves: a rank between two multiples costs as much as the
+    upper one, so it is never better.
+    """
+    small: list[int] = []
+    part = block // 2
+    while part >= 1:
+        small.append(part)
+        part //= 2
+    return [rank for rank in (*reversed(small), *range(block, limit + 1, block)) if rank <= limit]

@@ -1,0 +1,1 @@
+"""Networks rebuilt in torch, to be exported with published weights."""

@@ -1,0 +1,80 @@
+"""Benchmark results as JSON files in `benchmarks/results`, and the markdown tables rendered from them.
+
+A file holds `date`, `cpu`, `versions` and `rows`, a list of flat rows of scalars.
+"""
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TypeAlias
+
+from benchmarks.zoo.cache import appearing_whole
+
+Scalar: TypeAlias = str | int | float | bool | None
+Row: TypeAlias = Mapping[str, Scalar]
+
+FOLDER = Path(__file__).resolve().parent.parent / "results"
+PACKAGES = ("onnx-lowrank", "onnx", "onnxruntime-gpu", "onnxruntime", "numpy", "scipy", "torch")
+
+
+def write(name: str, rows: Sequence[Row], folder: Path = FOLDER) -> Path:
+    """Write `<name>.json` with the rows, today's date, the processor and the package versions."""
+    path = folder / f"{name}.json"
+    record = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "cpu": cpu(),
+        "versions": {"python": platform.python_version()} | versions(),
+        "rows": [dict(row) for row in rows],
+    }
+    with appearing_whole(path) as partial:
+        partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def render(folder: Path = FOLDER) -> str:
+    """Every result file as a markdown section with its table."""
+    sections = [_section(path.stem, json.loads(path.read_text("utf-8"))) for path in sorted(folder.glob("*.json"))]
+    return "\n\n".join(sections) if sections else "No results yet."
+
+
+def cpu() -> str:
+    """The processor's model name."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that matter, where installed."""
+    found: dict[str, str] = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _section(title: str, record: Mapping[str, object]) -> str:
+    rows = record.get("rows")
+    assert isinstance(rows, list), f"{title}.json: got no list under `rows`; write it with results.write"
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(_cell(row.get(column)) for column in columns) + " |" for row in rows]
+    environment = record.get("versions")
+    packages = ", ".join(f"{k} {v}" for k, v in environment.items()) if isinstance(environment, dict) else ""
+    return f"### {title}\n\n{record.get('date')}, {record.get('cpu')}; {packages}\n\n" + "\n".join(lines)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value).replace("|", "\\|")
