@@ -1,21 +1,20 @@
 """Train the small networks that ship with onnx-lowrank, on Fashion-MNIST, and export them to ONNX.
 
-It writes three artefacts and a README into `--out` (by default the package's assets):
-
-    fashion_resnet.onnx   input `image` [batch, 1, 28, 28], float32 pixels 0..255; output `logits` [batch, 10]
-    calibration.npz       `image`: 512 unlabelled training images, uint8
-    test.npz              `image`, `label`: 2,000 labelled test images, uint8 and int64
-
-The export is a plain one: BatchNormalization stays a node of its own, and the network normalises its
-pixels itself. The test images are looked at once, after the last epoch, so the accuracy is a fair one.
+It writes a model, `calibration.npz`, `test.npz` and a README that says what they hold to `--out`, by default the
+package's assets. The export is a plain one: BatchNormalization stays a node of its own, and the network normalises
+its pixels itself. The test images are looked at once, after the last epoch, so the accuracy is a fair one.
 
     pip install "onnx-lowrank[train]"; apt-get install dataset-fashion-mnist
     python benchmarks/train_demo.py
 """
 
+# torch is no development dependency; without it the base classes are unknown.
+# pyright: reportUntypedBaseClass=false
+
 import argparse
 import gzip
 import time
+from collections import OrderedDict
 from collections.abc import Iterator
 from functools import partial
 from math import sqrt
@@ -33,22 +32,16 @@ from torch.optim import swa_utils
 DATA = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts it
 ASSETS = Path(__file__).resolve().parent.parent / "onnx_lowrank" / "assets"
 PIXEL_MEAN, PIXEL_STD = 72.94, 90.02  # of the 60,000 training images, in units of 0..255
-CALIBRATION_IMAGES, TEST_IMAGES = 512, 2_000
-BATCH = 256
+CALIBRATION_IMAGES, TEST_IMAGES, BATCH = 512, 2_000, 256
 
-README = """# A small network on Fashion-MNIST
-
-Written by `python benchmarks/train_demo.py --arch {arch}`; do not edit by hand.
+README = """# A small network on Fashion-MNIST, written by `python benchmarks/train_demo.py --arch {arch}`
 
 - `{model}`: input `image` [batch, 1, 28, 28], float32, raw pixels 0..255; output `logits` [batch, 10]
 - `calibration.npz`: `image`, 512 unlabelled training images, uint8
-- `test.npz`: `image` and `label`, 2,000 labelled test images, uint8 and int64; not used in training
-
-Measured on the ONNX file by onnxruntime's CPU provider:
-
+- `test.npz`: `image`, `label`, 2,000 labelled test images, uint8 and int64, not used in training
 - {facts}
 
-Data: Fashion-MNIST, copyright 2017 Zalando SE, MIT licence, https://github.com/zalandoresearch/fashion-mnist.
+Measured by onnxruntime's CPU provider. Data: Fashion-MNIST, copyright 2017 Zalando SE, MIT licence.
 """
 
 Pixels = npt.NDArray[np.uint8]
@@ -60,12 +53,12 @@ class PixelNorm(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.tensor(PIXEL_MEAN))
-        self.register_buffer("std", torch.tensor(PIXEL_STD))
+        self.mean = nn.Buffer(torch.tensor(PIXEL_MEAN))
+        self.std = nn.Buffer(torch.tensor(PIXEL_STD))
 
     def forward(self, image: Tensor) -> Tensor:
         """Normalise `image`, of any shape."""
-        return (image - self.get_buffer("mean")) / self.get_buffer("std")
+        return (image - self.mean) / self.std
 
 
 class ConvNorm(nn.Sequential):
@@ -84,61 +77,45 @@ class Block(nn.Module):
         super().__init__()
         self.first = ConvNorm(inputs, outputs, stride=stride)
         self.second = ConvNorm(outputs, outputs)
-        same_shape = inputs == outputs and stride == 1
-        self.shortcut = nn.Identity() if same_shape else ConvNorm(inputs, outputs, kernel=1, stride=stride)
+        self.shortcut = nn.Identity() if inputs == outputs else ConvNorm(inputs, outputs, kernel=1, stride=stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (n, inputs, h, w) to (n, outputs, h / stride, w / stride)."""
-        residual = self.second(functional.relu(self.first(x)))
-        return functional.relu(residual + self.shortcut(x))
+        return functional.relu(self.second(functional.relu(self.first(x))) + self.shortcut(x))
 
 
-class ResNet(nn.Sequential):
+def resnet(widths: tuple[int, ...], blocks: tuple[int, ...]) -> nn.Module:
     """Stem, stages of residual blocks (each but the first halves the image), global average pool, classifier."""
-
-    def __init__(self, widths: tuple[int, ...], blocks: tuple[int, ...]) -> None:
-        super().__init__()
-        self.pixels = PixelNorm()
-        self.stem = ConvNorm(1, widths[0])
-        self.relu = nn.ReLU()
-        inputs = widths[0]
-        for stage, (width, count) in enumerate(zip(widths, blocks, strict=True), start=1):
-            layers = nn.Sequential()
-            for block in range(count):
-                layers.append(Block(inputs, width, stride=2 if stage > 1 and block == 0 else 1))
-                inputs = width
-            self.add_module(f"stage{stage}", layers)
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.flatten = nn.Flatten()
-        self.classifier = nn.Linear(inputs, 10)
+    layers = OrderedDict[str, nn.Module](pixels=PixelNorm(), stem=ConvNorm(1, widths[0]), relu=nn.ReLU())
+    inputs = widths[0]
+    for stage, (width, count) in enumerate(zip(widths, blocks, strict=True), start=1):
+        first = Block(inputs, width, stride=1 if stage == 1 else 2)
+        layers[f"stage{stage}"] = nn.Sequential(first, *(Block(width, width, stride=1) for _ in range(count - 1)))
+        inputs = width
+    layers.update(pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), classifier=nn.Linear(inputs, 10))
+    return nn.Sequential(layers)
 
 
-class Vgg(nn.Sequential):
+def vgg(widths: tuple[int, ...], depths: tuple[int, ...], hidden: int) -> nn.Module:
     """VGG-like (Simonyan and Zisserman, 2015, https://arxiv.org/abs/1409.1556): 3x3 convolutions, pools, two Gemms."""
-
-    def __init__(self, widths: tuple[int, ...], depths: tuple[int, ...], hidden: int) -> None:
-        super().__init__()
-        self.pixels = PixelNorm()
-        inputs, side = 1, 28
-        for stage, (width, count) in enumerate(zip(widths, depths, strict=True), start=1):
-            layers = nn.Sequential()
-            for _ in range(count):
-                layers.extend([ConvNorm(inputs, width), nn.ReLU()])
-                inputs = width
-            layers.append(nn.MaxPool2d(2))
-            self.add_module(f"stage{stage}", layers)
-            side //= 2
-        self.flatten = nn.Flatten()
-        self.hidden = nn.Linear(inputs * side * side, hidden)
-        self.relu = nn.ReLU()
-        self.classifier = nn.Linear(hidden, 10)
+    layers = OrderedDict[str, nn.Module](pixels=PixelNorm())
+    inputs, side = 1, 28
+    for stage, (width, count) in enumerate(zip(widths, depths, strict=True), start=1):
+        for layer in range(1, count + 1):
+            layers |= {f"conv{stage}_{layer}": ConvNorm(inputs, width), f"relu{stage}_{layer}": nn.ReLU()}
+            inputs = width
+        layers[f"pool{stage}"] = nn.MaxPool2d(2)
+        side //= 2
+    layers.update(flatten=nn.Flatten(), hidden=nn.Linear(inputs * side * side, hidden), relu=nn.ReLU())
+    layers.update(classifier=nn.Linear(hidden, 10))
+    return nn.Sequential(layers)
 
 
 # What to build, and the name of the file it becomes.
 ARCHITECTURES = {
-    "demo": (partial(ResNet, widths=(32, 64, 128), blocks=(2, 2, 1)), "fashion_resnet.onnx"),
-    "resnet20": (partial(ResNet, widths=(16, 32, 64), blocks=(3, 3, 3)), "fashion_resnet20.onnx"),
-    "vgg": (partial(Vgg, widths=(32, 64, 128), depths=(2, 2, 3), hidden=128), "fashion_vgg.onnx"),
+    "demo": (partial(resnet, widths=(32, 64, 128), blocks=(2, 2, 1)), "fashion_resnet.onnx"),
+    "resnet20": (partial(resnet, widths=(16, 32, 64), blocks=(3, 3, 3)), "fashion_resnet20.onnx"),
+    "vgg": (partial(vgg, widths=(32, 64, 128), depths=(2, 2, 3), hidden=128), "fashion_vgg.onnx"),
 }
 
 
@@ -154,9 +131,7 @@ def augmented(images: Pixels, labels: Labels, rng: np.random.Generator) -> Itera
     """One epoch of shuffled batches; each image shifted by up to two pixels and flipped half the time."""
     padded = np.pad(images[:, 0], ((0, 0), (2, 2), (2, 2)))
     crops = np.lib.stride_tricks.sliding_window_view(padded, (28, 28), axis=(1, 2))  # a view (n, 5, 5, 28, 28)
-    order = rng.permutation(len(images))
-    for start in range(0, len(order) - BATCH + 1, BATCH):
-        chosen = order[start : start + BATCH]
+    for chosen in rng.permutation(len(images))[: len(images) // BATCH * BATCH].reshape(-1, BATCH):
         batch = crops[chosen, rng.integers(5, size=BATCH), rng.integers(5, size=BATCH)]
         flipped = np.where(rng.random((BATCH, 1, 1)) < 0.5, batch[:, :, ::-1], batch)
         yield torch.from_numpy(flipped[:, None].astype(np.float32)), torch.from_numpy(labels[chosen])
@@ -168,9 +143,8 @@ def train(model: nn.Module, images: Pixels, labels: Labels, epochs: int, seed: i
     model.train().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # its overload is missing
     average = swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.99), use_buffers=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=0.2, total_steps=epochs * (len(images) // BATCH), pct_start=0.25, cycle_momentum=False
-    )
+    steps = epochs * (len(images) // BATCH)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, steps, pct_start=0.25, cycle_momentum=False)
     for epoch in range(1, epochs + 1):
         began, losses = time.perf_counter(), list[float]()
         for image, label in augmented(images, labels, rng):
@@ -183,8 +157,8 @@ def train(model: nn.Module, images: Pixels, labels: Labels, epochs: int, seed: i
             schedule.step()
             average.update_parameters(model)
             losses.append(loss.item())
-        seconds = time.perf_counter() - began
-        print(f"epoch {epoch:2}/{epochs}  loss {np.mean(losses):.4f}  {len(losses) * BATCH / seconds:.0f} images/s")
+        rate = len(losses) * BATCH / (time.perf_counter() - began)
+        print(f"epoch {epoch:2}/{epochs}  loss {np.mean(losses):.4f}  {rate:.0f} images/s", flush=True)
     return average.module.eval()
 
 
@@ -193,14 +167,12 @@ def count_macs(model: nn.Module) -> int:
     macs = list[int]()
 
     def note(layer: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        weight = layer.get_parameter("weight")
-        macs.append(output.numel() * weight[0].numel())
+        macs.append(output.numel() * layer.get_parameter("weight")[0].numel())
 
-    hooks = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    with torch.inference_mode():
-        model(torch.zeros(1, 1, 28, 28))
-    for hook in hooks:
-        hook.remove()
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.register_forward_hook(note)
+    model(torch.zeros(1, 1, 28, 28))
     return sum(macs)
 
 
@@ -245,37 +217,31 @@ def main() -> None:
     parser.add_argument("--arch", choices=sorted(ARCHITECTURES), default="demo", help="network to train")
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the four gzipped idx files")
     parser.add_argument("--out", type=Path, default=ASSETS, help="folder to write to")
-    parser.add_argument("--epochs", type=int, default=9)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    for option, default in {"--epochs": 8, "--seed": 0, "--threads": 2}.items():
+        parser.add_argument(option, type=int, default=default)
     args = parser.parse_args()
-
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     began = time.perf_counter()
     images, labels = load(args.data, "train")
     test_images, test_labels = load(args.data, "t10k")
-
-    build, filename = ARCHITECTURES[args.arch]
+    build, name = ARCHITECTURES[args.arch]
     model = train(build(), images, labels, args.epochs, args.seed)
-
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / filename
-    export(model, path)
+    export(model, args.out / name)
     picks = np.random.default_rng(args.seed)
     calibration = np.sort(picks.choice(len(images), CALIBRATION_IMAGES, replace=False))
     held = np.sort(picks.choice(len(test_images), TEST_IMAGES, replace=False))
     np.savez_compressed(args.out / "calibration.npz", image=images[calibration])
     np.savez_compressed(args.out / "test.npz", image=test_images[held], label=test_labels[held])
 
-    right = hits(path, test_images, test_labels)
+    right = hits(args.out / name, test_images, test_labels)
     facts = [
-        f"accuracy, all test images: {proportion(right)}",
-        f"accuracy, test.npz: {proportion(right[held])}",
+        f"accuracy: {proportion(right)}; on test.npz {proportion(right[held])}",
         f"size: {sum(p.numel() for p in model.parameters()):,} parameters, {count_macs(model):,} MACs per image",
-        *(f"{name}: {(args.out / name).stat().st_size:,} bytes" for name in (filename, "calibration.npz", "test.npz")),
+        *(f"{file}: {(args.out / file).stat().st_size:,} bytes" for file in (name, "calibration.npz", "test.npz")),
     ]
-    (args.out / "README.md").write_text(README.format(arch=args.arch, model=filename, facts="\n- ".join(facts)))
+    (args.out / "README.md").write_text(README.format(arch=args.arch, model=name, facts="\n- ".join(facts)))
     print(*facts, f"wall time: {(time.perf_counter() - began) / 60:.1f} min", sep="\n")
 
 

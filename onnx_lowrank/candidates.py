@@ -1,1 +1,151 @@
-"""Reserved for the room of this name; see CONTRIBUTING."""
+"""What each layer could become: layer x decomposition x rank, "keep" included, and the problem an allocator solves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from onnx_lowrank.chain import Chain
+from onnx_lowrank.decomposition import Decomposition, Factorization, Rank
+from onnx_lowrank.layer import Layer
+from onnx_lowrank.plan import KEEP
+
+Cost = Literal["ms", "macs", "params"]
+# Kernels differ in efficiency: a format with up to this many times the padded MACs of another may still be the faster.
+FORMAT_SLACK = 1.5
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One thing a layer could become.
+
+    Args:
+        key: The layer's key.
+        method: Decomposition name or "keep".
+        rank: Empty for "keep".
+        chain: None for "keep".
+        error: Relative Frobenius error of the weight.
+        spectral_error: Relative spectral error of the cut unfolding.
+        params: Weights, per model.
+        macs: Multiply-accumulates per run.
+        padded_macs: The same with channel counts rounded up to the machine's block.
+        ms: Milliseconds per run with the following activation; None until timed.
+        exact: Whether the rank reproduces any weight.
+    """
+
+    key: str
+    method: str
+    rank: Rank
+    chain: Chain | None
+    error: float
+    spectral_error: float
+    params: int
+    macs: float
+    padded_macs: float
+    ms: float | None = None
+    exact: bool = False
+
+    @property
+    def loss(self) -> float:
+        """Predicted damage, additive over layers: the squared relative error, as for white inputs and unit gain."""
+        return self.error**2
+
+    def cost(self, of: Cost) -> float:
+        """What the candidate takes from the budget.
+
+        Raises:
+            ValueError: if milliseconds are asked of a candidate that was not timed.
+        """
+        if of == "ms":
+            if self.ms is None:
+                raise ValueError(f"{self.key}: {self.method} {self.rank} was not timed")
+            return self.ms
+        return float(self.params) if of == "params" else self.macs
+
+    def timed(self, ms: float) -> Candidate:
+        """The same candidate with its measured latency."""
+        return replace(self, ms=ms)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What an allocator sees: for every layer its candidates ("keep" first), and the budget.
+
+    Args:
+        layers: Candidates per layer.
+        cost: What is limited.
+        budget: Limit of the sum of costs over all layers.
+    """
+
+    layers: tuple[tuple[Candidate, ...], ...]
+    cost: Cost
+    budget: float
+
+    def total(self, chosen: Sequence[Candidate]) -> float:
+        """Cost of one choice per layer."""
+        return sum(candidate.cost(self.cost) for candidate in chosen)
+
+    def cheapest(self) -> tuple[Candidate, ...]:
+        """The choice of least cost, the best that can be had when the budget cannot be met."""
+        return tuple(min(options, key=lambda c: (c.cost(self.cost), c.loss)) for options in self.layers)
+
+
+def keep(layer: Layer) -> Candidate:
+    """The candidate that leaves the layer alone."""
+    return Candidate(layer.key, KEEP, (), None, 0.0, 0.0, layer.shape.params, layer.macs, layer.macs)
+
+
+def candidate(layer: Layer, method: Decomposition, factorization: Factorization, rank: Rank, block: int) -> Candidate:
+    """The candidate of one method at one rank."""
+    chain = method.chain(layer.shape, rank)
+    return Candidate(
+        key=layer.key,
+        method=method.name,
+        rank=rank,
+        chain=chain,
+        error=factorization.error(rank),
+        spectral_error=factorization.spectral_error(rank),
+        params=chain.params,
+        macs=chain.macs(layer),
+        padded_macs=chain.macs(layer, block),
+        exact=rank == method.exact_rank(layer.shape),
+    )
+
+
+def front(options: Sequence[Candidate]) -> list[Candidate]:
+    """Candidates that no other beats on both error and padded MACs, cheapest first."""
+    best: list[Candidate] = []
+    for option in sorted(options, key=lambda c: (c.padded_macs, c.error, c.method, c.rank)):
+        if not best or option.error < best[-1].error:
+            best.append(option)
+    return best
+
+
+def worth_timing(options: Sequence[Candidate], per_method: int = 12) -> list[Candidate]:
+    """Thin the candidates of one layer to those that may be the best choice at some budget.
+
+    Per method: its front of (error, padded MACs), thinned to `per_method` ranks evenly spaced in the logarithm of the
+    cost. Across methods: dropped where another has no more error at less than 1 / `FORMAT_SLACK` of the padded MACs.
+    """
+    overall = front(options)
+    kept: list[Candidate] = []
+    for method in dict.fromkeys(option.method for option in options):
+        mine = front([option for option in options if option.method == method])
+        rivals = [c for c in mine if not any(_beaten(c, other) for other in overall)]
+        kept.extend(_spread(rivals, per_method))
+    return kept
+
+
+def _beaten(option: Candidate, other: Candidate) -> bool:
+    return other.error <= option.error and other.padded_macs * FORMAT_SLACK < option.padded_macs
+
+
+def _spread(options: Sequence[Candidate], count: int) -> list[Candidate]:
+    """At most `count` of the options, cheapest first, evenly spaced in the logarithm of the cost; ends included."""
+    if len(options) <= count:
+        return list(options)
+    low, high = options[0].padded_macs, options[-1].padded_macs
+    marks = [low * (high / low) ** (i / (count - 1)) for i in range(count)]
+    picked = {min(range(len(options)), key=lambda i: abs(options[i].padded_macs - mark)) for mark in marks}
+    return [options[i] for i in sorted(picked)]

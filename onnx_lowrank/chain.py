@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnx_lowrank.layer import Array, Layer, Shape, Site
+from onnx_lowrank.layer import Array, Layer, LayerShape, Shape, Site
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,14 @@ class Chain:
     method: str
     stages: tuple[Stage, ...]
     equation: str
+
+    @staticmethod
+    def unfactored(shape: LayerShape) -> Chain:
+        """The layer itself as a chain of one stage: what every other chain is compared with."""
+        axes = tuple(range(len(shape.kernel)))
+        letters = "gsc" + "hwd"[: len(axes)]
+        stage = Stage(shape.groups, shape.out, shape.in_, shape.kernel, axes)
+        return Chain("dense", (stage,), f"{letters}->{letters}")
 
     @property
     def params(self) -> int:

@@ -1,1 +1,341 @@
-"""Reserved for the room of this name; see CONTRIBUTING."""
+"""The command line: options in, exit code out. Everything else happens in the rooms below.
+
+Exit codes: 0 done; 2 bad usage or bad input; 3 goal not reached (the best found is written), or nothing rewritten with
+--fail-if-unchanged; 4 the result is invalid and nothing is written; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+
+from onnx_lowrank import inspection, pipeline
+from onnx_lowrank.catalogue import catalogue
+from onnx_lowrank.cli_options import (
+    AllocatorOption,
+    BisectOption,
+    CalibrationOption,
+    EvalOption,
+    FallbackOption,
+    JsonOption,
+    KeepMacsOption,
+    KeepOption,
+    KeepParamsOption,
+    LatencyOption,
+    MaxErrorOption,
+    MemoryOption,
+    MetricOption,
+    ModelArgument,
+    OfOption,
+    OnlyOption,
+    OutOption,
+    PassesOption,
+    ProviderOption,
+    ProviderOptionOption,
+    RecipeOption,
+    SeedOption,
+    ShapeOption,
+    SpeedupOption,
+    ThreadsOption,
+    TimeOption,
+    given,
+)
+from onnx_lowrank.data import read_npz
+from onnx_lowrank.demo import run_demo
+from onnx_lowrank.display import catalogue_table, phases_on
+from onnx_lowrank.doctor import diagnose
+from onnx_lowrank.doctor import render as render_findings
+from onnx_lowrank.errors import GoalNotReachedError, LowRankError
+from onnx_lowrank.graph import io
+from onnx_lowrank.plan import Plan
+from onnx_lowrank.profile import profile as profile_models
+from onnx_lowrank.profile import render as render_profile
+from onnx_lowrank.report.terminal import show
+from onnx_lowrank.request import settings_of
+from onnx_lowrank.signature import signature_of
+from onnx_lowrank.validation import compare, render
+
+app = typer.Typer(
+    name="onnx-lowrank",
+    help="ONNX model in, faster ONNX model out, with proof.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+INTERRUPTED = 130
+GOAL_MISSED = GoalNotReachedError.exit_code
+# Usage errors of typer's parser; the class has moved between its versions, its subclass has not.
+_USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[2]
+_out, _err = Console(), Console(stderr=True)
+
+
+@app.callback()
+def options(
+    *,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens, on standard error.")] = False,
+) -> None:
+    """Set up logging."""
+    level = logging.INFO if verbose else logging.WARNING
+    handler = RichHandler(console=_err, show_time=False, show_path=False)
+    logging.basicConfig(level=level, format="%(message)s", handlers=[handler], force=True)
+
+
+@app.command()
+def optimize(
+    model: ModelArgument,
+    out: OutOption,
+    *,
+    speedup: SpeedupOption = None,
+    latency_ms: LatencyOption = None,
+    max_error: MaxErrorOption = None,
+    keep_macs: KeepMacsOption = None,
+    keep_params: KeepParamsOption = None,
+    calibration: CalibrationOption = None,
+    labelled: EvalOption = None,
+    metric: MetricOption = None,
+    provider: ProviderOption = None,
+    provider_option: ProviderOptionOption = None,
+    threads: ThreadsOption = None,
+    shape: ShapeOption = None,
+    passes: PassesOption = None,
+    allocator: AllocatorOption = None,
+    recipe: RecipeOption = None,
+    of: OfOption = None,
+    only: OnlyOption = None,
+    keep: KeepOption = None,
+    seed: SeedOption = None,
+    time_limit: TimeOption = None,
+    memory_limit: MemoryOption = None,
+    allow_fallback: FallbackOption = False,
+    fail_if_unchanged: Annotated[bool, typer.Option(help="Exit with 3 when no layer was rewritten.")] = False,
+    bisect: BisectOption = False,
+    plan_out: Annotated[Path | None, typer.Option(help="Write the plan that `apply` realises.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Folder that receives report.json.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make MODEL faster: factor its layers where that was measured to pay."""
+    asked = given(locals(), recipe)
+    settings = settings_of(asked, provider_option or ())
+    result, plan = pipeline.optimize(model, out, settings, phases_on(_err))
+    if report is not None:
+        result.write(report)
+    if plan_out is not None:
+        io.write_text(plan_out, plan.to_json())
+    if as_json:
+        typer.echo(result.to_json(), nl=False)
+    else:
+        show(result, _out)
+        _out.print(f"written to {out}" + (f", report in {report}" if report else ""), markup=False, highlight=False)
+    if not result.goal.reached:
+        raise GoalNotReachedError(
+            result.goal.reason, f"{result.goal.kind} {result.goal.value:g}", f"the best found is in {out}"
+        )
+    if asked.fail_if_unchanged and not result.factorized:
+        raise GoalNotReachedError(
+            "no layer rewritten", "at least one with --fail-if-unchanged", "see the reasons per layer"
+        )
+
+
+@app.command()
+def plan(
+    model: ModelArgument,
+    out: OutOption,
+    *,
+    speedup: SpeedupOption = None,
+    latency_ms: LatencyOption = None,
+    max_error: MaxErrorOption = None,
+    keep_macs: KeepMacsOption = None,
+    keep_params: KeepParamsOption = None,
+    calibration: CalibrationOption = None,
+    provider: ProviderOption = None,
+    provider_option: ProviderOptionOption = None,
+    threads: ThreadsOption = None,
+    shape: ShapeOption = None,
+    passes: PassesOption = None,
+    allocator: AllocatorOption = None,
+    recipe: RecipeOption = None,
+    of: OfOption = None,
+    only: OnlyOption = None,
+    keep: KeepOption = None,
+    seed: SeedOption = None,
+    time_limit: TimeOption = None,
+    memory_limit: MemoryOption = None,
+    allow_fallback: FallbackOption = False,
+) -> None:
+    """Do the same analysis, write the plan and no model."""
+    settings = settings_of(given(locals(), recipe), provider_option or ())
+    pipeline.check_paths(model, out)
+    outcome = pipeline.plan(model, settings, phases_on(_err))
+    made = outcome.best.plan
+    io.write_text(out, made.to_json())
+    count = sum(not choice.keeps for choice in made.layers)
+    _out.print(
+        f"{count} of {len(made.layers)} layers to be factorized; written to {out}", markup=False, highlight=False
+    )
+    if not outcome.reached:
+        raise GoalNotReachedError(outcome.reason, str(settings.goal), f"the best plan found is in {out}")
+
+
+@app.command()
+def apply(
+    model: ModelArgument,
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.")],
+    out: OutOption,
+    *,
+    calibration: CalibrationOption = None,
+    force: Annotated[bool, typer.Option(help="Realise it although it was made for another model or data.")] = False,
+) -> None:
+    """Realise a plan: the same model and plan give the same bytes."""
+    made = Plan.read(plan_file)
+    pipeline.apply(model, made, out, calibration=calibration, force=force)
+    count = sum(not choice.keeps for choice in made.layers)
+    _out.print(f"{count} layers factorized; written to {out}", markup=False, highlight=False)
+
+
+@app.command()
+def validate(
+    original: ModelArgument,
+    optimized: Annotated[Path, typer.Argument(metavar="OPTIMIZED", help="The model to compare with it.")],
+    *,
+    data: Annotated[Path | None, typer.Option(help="Samples (.npz); without, inputs are drawn to fit.")] = None,
+    max_error: MaxErrorOption = None,
+    provider: ProviderOption = None,
+    provider_option: ProviderOptionOption = None,
+    threads: ThreadsOption = None,
+    shape: ShapeOption = None,
+    seed: SeedOption = None,
+    allow_fallback: FallbackOption = False,
+    bisect: Annotated[bool, typer.Option(help="Name the first tensor, in graph order, that differs too much.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare the outputs of two models."""
+    settings = settings_of(given(locals(), None), provider_option or ())
+    signature = signature_of(io.load(original).to_proto())
+    dataset = None if data is None else read_npz(data, signature.inputs)
+    found = compare(original, optimized, settings.target, dataset, max_error, seed=settings.seed)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=1))
+    else:
+        _out.print(render(found))
+    found.require_valid()
+
+
+@app.command()
+def profile(
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="Models; the first is compared with.")],
+    *,
+    provider: ProviderOption = None,
+    provider_option: ProviderOptionOption = None,
+    threads: ThreadsOption = None,
+    shape: ShapeOption = None,
+    seed: SeedOption = None,
+    allow_fallback: FallbackOption = False,
+    seconds: Annotated[float, typer.Option(help="How long to measure.", min=0.1)] = 20.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Time models in turns, with intervals, and say where the time goes."""
+    settings = settings_of(given(locals(), None), provider_option or ())
+    result = profile_models(models, settings.target, budget_s=seconds)
+    if as_json:
+        typer.echo(json.dumps(result.to_dict(), indent=1))
+    else:
+        render_profile(result, _out)
+
+
+@app.command("inspect")
+def inspect_(
+    model: ModelArgument,
+    *,
+    calibration: CalibrationOption = None,
+    provider: ProviderOption = None,
+    provider_option: ProviderOptionOption = None,
+    threads: ThreadsOption = None,
+    shape: ShapeOption = None,
+    passes: PassesOption = None,
+    only: OnlyOption = None,
+    keep: KeepOption = None,
+    allow_fallback: FallbackOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """List every weight-bearing layer: shape, share of the work, spectrum, verdict."""
+    settings = settings_of(given(locals(), None), provider_option or ())
+    rows = inspection.inspect(model, settings, phases_on(_err))
+    if as_json:
+        typer.echo(json.dumps([asdict(row) for row in rows], indent=1))
+    else:
+        _out.print(inspection.render(rows))
+
+
+@app.command("passes")
+def passes_(*, as_json: JsonOption = False) -> None:
+    """List every pass and decomposition with its options."""
+    if as_json:
+        typer.echo(json.dumps([asdict(entry) for entry in catalogue()], indent=1))
+    else:
+        _out.print(catalogue_table())
+
+
+@app.command()
+def doctor(*, as_json: JsonOption = False) -> None:
+    """Say what this installation and this machine can do."""
+    findings = diagnose()
+    if as_json:
+        typer.echo(json.dumps([asdict(finding) for finding in findings], indent=1))
+    else:
+        render_findings(findings, _out)
+
+
+@app.command()
+def demo(
+    *,
+    speedup: Annotated[float, typer.Option(help="Goal of the demo.")] = 1.5,
+    threads: ThreadsOption = 1,
+    out: Annotated[Path | None, typer.Option("--output", "-o", help="Keep the optimized model here.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Optimize the network that ships with the package, offline."""
+    result = run_demo(speedup, threads or 0, out, phases_on(_err))
+    if as_json:
+        typer.echo(result.to_json(), nl=False)
+    else:
+        show(result, _out)
+    if not result.goal.reached:
+        raise GoalNotReachedError(result.goal.reason, f"{result.goal.kind} {result.goal.value:g}", "try a smaller goal")
+
+
+def main() -> None:
+    """Run the command line; never a traceback for bad input."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command and return its exit code."""
+    try:
+        result = app(arguments, standalone_mode=False)
+    except LowRankError as error:
+        _complain(str(error))
+        return error.exit_code
+    except _USAGE_ERROR as error:
+        message = getattr(error, "format_message", lambda: str(error))()
+        _complain(f"got {' '.join(arguments) or 'no arguments'}; {' '.join(str(message).split())} Try --help.")
+        return 2
+    except typer.Exit as stop:
+        return stop.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        _complain("interrupted; nothing was written")
+        return INTERRUPTED
+    return int(result or 0)
+
+
+def _complain(message: str) -> None:
+    # Not wrapped: scripts read it as one line.
+    _err.print(f"[red]error:[/red] {escape(message)}", soft_wrap=True, highlight=False)

@@ -21,7 +21,7 @@ class Factorization(ABC):
 
     @abstractmethod
     def spectral_error(self, rank: Rank) -> float:
-        """The same in the spectral norm of the unfolding the method cuts; what the minimax rule of ALDS compares."""
+        """Upper bound of the spectral norm of what is cut, relative to the unfolding's: what ALDS compares."""
 
     @abstractmethod
     def factors(self, rank: Rank) -> tuple[Array, ...]:

@@ -8,7 +8,7 @@ when the weight is read, so that no decomposition ever sees them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -58,14 +58,17 @@ class Geometry:
     auto_pad: str = "NOTSET"
 
     def restricted(self, axes: Shape) -> Geometry:
-        """The geometry of a stage that carries only the spatial `axes`; on the others it does not move."""
+        """The geometry of a stage that carries only the spatial `axes`; on the others it does not move.
+
+        Padding rules of ONNX look at each axis by itself, so SAME and VALID hold for a part of the axes as for all.
+        """
         n = len(self.strides)
         keep = [axis in axes for axis in range(n)]
         return Geometry(
             strides=tuple(s if k else 1 for s, k in zip(self.strides, keep, strict=True)),
             dilations=tuple(d if k else 1 for d, k in zip(self.dilations, keep, strict=True)),
             pads=tuple(p if keep[i % n] else 0 for i, p in enumerate(self.pads)),
-            auto_pad=self.auto_pad,
+            auto_pad=self.auto_pad if any(keep) else "NOTSET",
         )
 
     def output_size(self, size: Shape, kernel: Shape) -> Shape:
@@ -83,11 +86,26 @@ class Geometry:
 
 
 @dataclass(frozen=True)
-class Site:
-    """One place where a layer's weight is applied: the node, its shapes on the target, and how often it runs.
+class NodeShapes:
+    """Shapes one node met on the target: one entry per operand that has a value, in order.
 
-    `count` is the number of executions per run of the model (bodies of Loop and Scan run often), weighted over the
-    target's input shapes.
+    `count` is the number of executions with these shapes per run of the model.
+    """
+
+    input_shapes: tuple[Shape, ...]
+    output_shapes: tuple[Shape, ...]
+    count: float = 1.0
+
+
+Trace = Mapping[str, Sequence[NodeShapes]]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place where a layer's weight is applied: the node's key, its shapes on the target, and how often it runs.
+
+    `input_shape` is that of the activation. `count` is the number of executions per run of the model (bodies of Loop
+    and Scan run often), weighted over the target's input shapes.
     """
 
     node: str
@@ -130,10 +148,11 @@ class Layer:
     """A weight and every node that applies it. Nodes that share a weight share one Layer, so it stays shared.
 
     Args:
-        key: Unique and stable in the model: scope path and node name of the first node.
+        key: Unique and stable in the model: scope path and name of the first node.
         shape: Canonical sizes.
-        form: How the node looks.
-        sites: At least one; one per node (and input shape of the target).
+        form: How the first node looks; the others may differ in bias, beta and activation.
+        nodes: Keys of the nodes that apply this weight, in graph order.
+        sites: One per node and shape it met on the target; empty where no trace was given.
         weight_name: The initializer or Constant the weight comes from.
         read: Reads the canonical weight as float64 or float32, (groups, out, in, *kernel); nothing is cached.
     """
@@ -141,14 +160,10 @@ class Layer:
     key: str
     shape: LayerShape
     form: Form
+    nodes: tuple[str, ...]
     sites: tuple[Site, ...]
     weight_name: str
     read: Callable[[], Array] = field(repr=False)
-
-    @property
-    def nodes(self) -> tuple[str, ...]:
-        """Names of the nodes that apply this weight, in graph order."""
-        return tuple(dict.fromkeys(site.node for site in self.sites))
 
     @property
     def macs(self) -> float:

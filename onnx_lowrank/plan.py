@@ -109,7 +109,9 @@ class Plan:
             raise InputError(f"{source} that is not JSON ({error})", "a plan file", "make it with `plan`") from error
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             detail = f"{type(error).__name__}: {error}"
-            raise InputError(f"{source} with a bad field ({detail})", "a plan file", "compare with a fresh one") from error
+            raise InputError(
+                f"{source} with a bad field ({detail})", "a plan file", "compare with a fresh one"
+            ) from error
 
     @staticmethod
     def read(path: Path) -> Plan:

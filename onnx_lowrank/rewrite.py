@@ -1,1 +1,285 @@
-"""Reserved for the room of this name; see CONTRIBUTING."""
+"""From a chain to ONNX nodes: one lowering for the graph that is written and for the small model that is timed.
+
+Conv:            one Conv per stage, its group the stage's groups; stride, dilation and pads on the axes it carries
+Gemm, right:     y = (x' F_1^T) F_2^T + beta C        left:  y = F_2 (F_1 x') + beta C
+MatMul, right:   y = (x F_1^T) F_2^T                  left:  y = F_2 (F_1 x);  F_i has the batch axes of the constant
+
+Bias goes to the last stage and nothing stands between stages, so that onnxruntime fuses what follows as before.
+onnx-graphsurgeon builds the new nodes; the user's own nodes never pass through it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from onnx import ModelProto, NodeProto, TensorProto, helper
+from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
+
+from onnx_lowrank.chain import Chain, Stage
+from onnx_lowrank.graph.applied import Applied, applied
+from onnx_lowrank.graph.keys import keyed_nodes
+from onnx_lowrank.graph.model import Graph
+from onnx_lowrank.graph.scope import Scope
+from onnx_lowrank.graph.tensor import make_tensor
+from onnx_lowrank.layer import Array, Form, Layer, LayerShape, Shape, Site
+
+SMALLEST = 1e-20
+METADATA_SINCE_IR = 10
+STAMP = "onnx_lowrank."
+_MICRO_IR = 8
+
+
+def lower(
+    form: Form,
+    chain: Chain,
+    prefix: str,
+    x: str,
+    y: str,
+    bias: str | None,
+    weights: Sequence[str],
+) -> list[NodeProto]:
+    """The nodes of a chain, in order, named `prefix_0`, `prefix_1`, ....
+
+    Args:
+        form: The node that is replaced.
+        chain: One stage per node.
+        prefix: Start of the names of nodes and of the tensors between them.
+        x: The activation.
+        y: The output.
+        bias: Conv's bias or Gemm's C, or None.
+        weights: Names of the stage weights, laid out by `stage_tensor`.
+    """
+    last = len(chain.stages) - 1
+    tensors = [x, *(f"{prefix}_{i}/out" for i in range(last)), y]
+    nodes: list[NodeProto] = []
+    for i, stage in enumerate(chain.stages):
+        extra = bias if i == last else None
+        if form.op == "Gemm" and extra is None and form.opset < 11:
+            # C became optional in opset 11.
+            extra = f"{prefix}_{i}/zero"
+            zero = gs.Node("Constant", f"{extra}/constant", outputs=[gs.Variable(extra)])
+            nodes.append(OnnxExporter.export_node(zero))
+            nodes[-1].attribute.append(helper.make_attribute("value", make_tensor(extra, np.zeros(1), form.elem_type)))
+        operands = [tensors[i], weights[i]] if form.side == "right" else [weights[i], tensors[i]]
+        node = gs.Node(
+            op=form.op,
+            name=f"{prefix}_{i}",
+            attrs=_attributes(form, stage, first=i == 0, last=i == last),
+            inputs=[gs.Variable(name) for name in (*operands, *([extra] if extra else []))],
+            outputs=[gs.Variable(tensors[i + 1])],
+        )
+        nodes.append(OnnxExporter.export_node(node))
+    return nodes
+
+
+def stage_tensor(form: Form, stage: Stage, factor: Array) -> Array:
+    """A stage's weight (groups, out, in, *kernel) as its node wants it."""
+    if form.op == "Conv":
+        return factor.reshape(stage.groups * stage.out, stage.in_, *stage.kernel)
+    matrices = factor.reshape(*form.batch, stage.out, stage.in_)
+    # Gemm has a flag for it and keeps the canonical layout.
+    return matrices.swapaxes(-1, -2) if form.op == "MatMul" and form.side == "right" else matrices
+
+
+def flushed(factor: Array) -> tuple[Array, int]:
+    """`factor` with values below 1e-20 set to zero, and how many were not zero before.
+
+    Denormals make a convolution more than ten times slower, and nothing that small is information.
+    """
+    tiny = (np.abs(factor) < SMALLEST) & (factor != 0)
+    return np.where(tiny, factor.dtype.type(0), factor), int(np.count_nonzero(tiny))
+
+
+@dataclass(frozen=True, eq=False)
+class Replacement:
+    """A layer and what takes its place.
+
+    Args:
+        layer: Read from the graph that is rewritten.
+        chain: Its chain.
+        factors: Stage weights, first stage first, each of shape `stage.weight`.
+        stamp: What the new nodes say about themselves: metadata from IR version 10 on, else in the doc string.
+    """
+
+    layer: Layer
+    chain: Chain
+    factors: Sequence[Array]
+    stamp: Mapping[str, str]
+
+
+def splice(graph: Graph, replacements: Iterable[Replacement]) -> dict[str, int]:
+    """Put chains in the place of every node of their layers, in place; nodes of one layer share its new weights.
+
+    Replacements are taken one by one, so their factors may be made on demand. Weights nothing reads any more leave the
+    graph, with the operators that rearranged them.
+
+    Returns:
+        Number of denormals flushed, by layer key.
+    """
+    nodes = {key: (scope, node) for scope, node, key in keyed_nodes(graph)}
+    new: dict[int, list[NodeProto]] = {}
+    unread: list[tuple[Scope, str]] = []
+    count: dict[str, int] = {}
+    for replacement in replacements:
+        layer, chain = replacement.layer, replacement.chain
+        sites = [(*nodes[key], _applied(*nodes[key])) for key in layer.nodes]
+        owner, first = sites[0][2].weight.scope, sites[0][1]
+        names: list[str] = []
+        count[layer.key] = 0
+        for i, (stage, factor) in enumerate(zip(chain.stages, replacement.factors, strict=True)):
+            array, tiny = flushed(factor)
+            label = f"{first.name or first.output[0]}/{chain.method}_{i}/weight"
+            names.append(owner.add_initializer(label, stage_tensor(layer.form, stage, array), layer.form.elem_type))
+            count[layer.key] += tiny
+        for scope, node, use in sites:
+            new[id(node)] = _stamped(graph, node, _lowered(graph, node, use, chain, names), replacement.stamp)
+            unread.append((scope, node.input[1 - use.activation_operand]))
+    _exchange(graph, new)
+    while unread:
+        unread = _drop(graph, unread)
+    graph.prune()
+    return count
+
+
+def chain_model(
+    layer: Layer, chain: Chain | None, site: Site, *, elem_type: int | None = None, seed: int = 0
+) -> ModelProto:
+    """A model of one chain with random weights, its bias and the activation that follows, to be timed.
+
+    Args:
+        layer: The layer.
+        chain: Its chain; None for the layer itself.
+        site: Gives the input shape.
+        elem_type: Element type to use instead of the layer's.
+        seed: Of the weights; their variance keeps activations at unit scale.
+    """
+    form = layer.form
+    kind = form.elem_type if elem_type is None else elem_type
+    chain = chain or Chain.unfactored(layer.shape)
+    rng = np.random.default_rng(seed)
+    tensors: list[TensorProto] = []
+    for i, stage in enumerate(chain.stages):
+        scale = 1 / np.sqrt(max(1, stage.params // (stage.groups * stage.out)))
+        factor = rng.standard_normal(stage.weight, dtype=np.float32) * np.float32(scale)
+        tensors.append(make_tensor(f"w{i}", stage_tensor(form, stage, flushed(factor)[0]), kind))
+    weights = [tensor.name for tensor in tensors]
+    if form.bias:
+        tensors.append(make_tensor("bias", rng.standard_normal(_bias_shape(form, layer.shape)), kind))
+    result = "h" if form.activation else "y"
+    same_kind = replace(form, elem_type=kind)
+    nodes = lower(same_kind, chain, "chain", "x", result, "bias" if form.bias else None, weights)
+    if form.activation:
+        nodes.extend(_activation(same_kind, result, "y"))
+    graph = helper.make_graph(
+        nodes,
+        chain.method,
+        [helper.make_tensor_value_info("x", kind, site.input_shape)],
+        [helper.make_tensor_value_info("y", kind, site.output_shape)],
+        tensors,
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", form.opset)], ir_version=_MICRO_IR)
+
+
+def _attributes(form: Form, stage: Stage, *, first: bool, last: bool) -> dict[str, object]:
+    if form.op == "MatMul":
+        return {}
+    if form.op == "Gemm":
+        attributes: dict[str, object] = {"transB": 1} if form.side == "right" else {}
+        if first and form.transposed_input:
+            attributes["transA" if form.side == "right" else "transB"] = 1
+        if last and form.beta != 1.0:
+            attributes["beta"] = form.beta
+        return attributes
+    if form.geometry is None:
+        raise ValueError("got a Conv without geometry; expected the form of a layer that was read from a graph")
+    own = form.geometry.restricted(stage.carries)
+    padding: dict[str, object] = {"pads": list(own.pads)} if own.auto_pad == "NOTSET" else {"auto_pad": own.auto_pad}
+    return {
+        "dilations": list(own.dilations),
+        "group": stage.groups,
+        "kernel_shape": list(stage.kernel),
+        **padding,
+        "strides": list(own.strides),
+    }
+
+
+def _applied(scope: Scope, node: NodeProto) -> Applied:
+    found = applied(scope, node)
+    if isinstance(found, str):
+        raise ValueError(f"got node {node.name!r} ({found}); expected a node of a layer of this graph")  # noqa: TRY004
+    return found
+
+
+def _lowered(graph: Graph, node: NodeProto, use: Applied, chain: Chain, names: Sequence[str]) -> list[NodeProto]:
+    """The chain for one node, under names that are free in `graph`."""
+    bias = node.input[2] if use.form.bias else None
+    x, y = node.input[use.activation_operand], node.output[0]
+    nodes = lower(use.form, chain, f"{node.name or y}/{chain.method}", x, y, bias, names)
+    renamed = {name: graph.free_name(name) for new in nodes for name in new.output if name != y}
+    for new in nodes:
+        new.name = graph.free_name(new.name)
+        new.input[:] = [renamed.get(name, name) for name in new.input]
+        new.output[:] = [renamed.get(name, name) for name in new.output]
+    return nodes
+
+
+def _stamped(graph: Graph, old: NodeProto, nodes: list[NodeProto], stamp: Mapping[str, str]) -> list[NodeProto]:
+    """Carry over what the old node said about itself and add `stamp`."""
+    for new in nodes:
+        new.doc_string = old.doc_string
+        new.metadata_props.extend(old.metadata_props)
+        if graph.model.ir_version >= METADATA_SINCE_IR:
+            for key, text in stamp.items():
+                new.metadata_props.add(key=STAMP + key, value=text)
+        elif stamp:
+            said = " ".join(f"{STAMP}{key}={text}" for key, text in stamp.items())
+            new.doc_string = f"{old.doc_string}\n{said}".lstrip()
+    return nodes
+
+
+def _exchange(graph: Graph, new: Mapping[int, list[NodeProto]]) -> None:
+    """Put nodes in the place of others, given by id, in one sweep."""
+    for scope in graph.scopes():
+        if any(id(node) in new for node in scope.nodes):
+            scope.nodes[:] = [after for node in scope.nodes for after in new.get(id(node), [node])]
+            scope.touch()
+
+
+def _drop(graph: Graph, operands: list[tuple[Scope, str]]) -> list[tuple[Scope, str]]:
+    """Remove the operators that made `operands`, where nothing reads these any more; returns what they read."""
+    dead: dict[int, tuple[Scope, str]] = {}
+    for scope, operand in operands:
+        at: Scope | None = scope
+        while at is not None and at.producer(operand) is None:
+            at = at.parent
+        node = None if at is None else at.producer(operand)
+        if at is not None and node is not None and node.input and not (at.consumers(operand) or operand in at.outputs):
+            dead[id(node)] = (at, node.input[0])
+    _exchange(graph, {key: [] for key in dead})
+    return list(dead.values())
+
+
+def _bias_shape(form: Form, shape: LayerShape) -> Shape:
+    return (shape.out, 1) if form.side == "left" else (shape.groups * shape.out,)
+
+
+def _activation(form: Form, x: str, y: str) -> list[NodeProto]:
+    """The operator that followed the layer."""
+    if form.activation is None:
+        return []
+    op, pairs = form.activation
+    numbers = dict(pairs)
+    if op != "Clip" or form.opset < 11:
+        node = helper.make_node(op, [x], [y], name="activation")
+        node.attribute.extend(helper.make_attribute(name, number) for name, number in pairs)
+        return [node]
+    limits = [name if name in numbers else "" for name in ("min", "max")]
+    constants = [
+        helper.make_node("Constant", [], [name], value=make_tensor(name, np.array(numbers[name]), form.elem_type))
+        for name in limits
+        if name
+    ]
+    return [*constants, helper.make_node("Clip", [x, *limits], [y], name="activation")]

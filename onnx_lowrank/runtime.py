@@ -1,1 +1,299 @@
-"""Reserved for the room of this name; see CONTRIBUTING."""
+"""The only door to onnxruntime: sessions that run where they were asked to run, or fail with a sentence that says why.
+
+onnxruntime answers a request for a provider it cannot load with a session on the CPU and a Python warning
+(microsoft/onnxruntime#17801). Here such a session is never handed out: its provider, its options and the placement of
+every node are compared with the target first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import platform
+import re
+import tempfile
+import time
+from collections.abc import Generator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import onnxruntime as ort
+import onnxruntime.capi.onnxruntime_pybind11_state as ort_state
+from numpy.typing import NDArray
+from onnx import TensorProto, parser
+
+from onnx_lowrank.errors import InputError, ProviderError
+from onnx_lowrank.kernel_trace import KernelEvent, read_events, shapes_by_node
+from onnx_lowrank.layer import NodeShapes
+from onnx_lowrank.native_log import captured_stderr, native_reason
+from onnx_lowrank.signature import Feeds, Signature, TensorSpec
+from onnx_lowrank.target import PROVIDERS, Target
+
+_LEVELS = {
+    "none": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+}
+_CONFIG = {
+    "session.intra_op.allow_spinning": "0",  # spinning threads of one session disturb the other one in paired timing
+    "session.inter_op.allow_spinning": "0",
+    "session.dynamic_block_base": "4",  # lowers the variance between runs
+    "session.record_ep_graph_assignment_info": "1",
+}
+_ERRORS: tuple[type[Exception], ...] = (  # onnxruntime's own exceptions share no base but Exception
+    *(ort_state.EPFail, ort_state.Fail, ort_state.InvalidArgument, ort_state.InvalidGraph, ort_state.InvalidProtobuf),
+    *(ort_state.NoSuchFile, ort_state.NotImplemented, ort_state.RuntimeException, RuntimeError, ValueError),
+)
+_PROBE = parser.parse_model('<ir_version: 7, opset_import: ["": 13]> one (float[1] x) => (float[1] y) { y = Relu(x) }')
+_ELEM_TYPES = {  # onnxruntime spells types like C++
+    **{name.lower(): number for name, number in TensorProto.DataType.items()},
+    "float": TensorProto.FLOAT,
+}
+
+
+class UnsupportedTypeError(ProviderError):
+    """The provider has no kernel for an operator with these element types; a float32 twin of the model may run."""
+
+
+class BoundRun:
+    """A session with its inputs and outputs bound to memory on the device, ready to be timed again and again."""
+
+    def __init__(self, session: ort.InferenceSession, feeds: Feeds, device: str) -> None:
+        self._session, self._binding = session, session.io_binding()
+        self._inputs = {name: ort.OrtValue.ortvalue_from_numpy(array, device) for name, array in feeds.items()}
+        for name, value in self._inputs.items():
+            self._binding.bind_ortvalue_input(name, value)
+        names = [output.name for output in session.get_outputs()]
+        for name in names:
+            self._binding.bind_output(name, device)
+        session.run_with_iobinding(self._binding)
+        self._outputs = self._binding.get_outputs()
+        for name, value in zip(names, self._outputs, strict=True):
+            if value.has_value() and value.is_tensor() and value.data_type() != "tensor(string)":
+                self._binding.bind_ortvalue_output(name, value)
+
+    def seconds(self) -> float:
+        """Run once; wall clock until the outputs are complete."""
+        start = time.perf_counter()
+        self._session.run_with_iobinding(self._binding)
+        self._binding.synchronize_outputs()
+        return time.perf_counter() - start
+
+
+class Session:
+    """An onnxruntime session whose provider and node placement were checked; made by `open_session`."""
+
+    def __init__(self, session: ort.InferenceSession, target: Target, label: str) -> None:
+        self._session, self.target, self.label = session, target, label
+        self.signature = Signature(tuple(map(_spec, session.get_inputs())), tuple(map(_spec, session.get_outputs())))
+
+    def run(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
+        """Outputs by name.
+
+        Raises:
+            InputError: if the feeds do not fit the signature or the model fails on them.
+        """
+        with self._running():
+            outputs = cast(list[NDArray[Any]], self._session.run(None, dict(feeds)))
+        return {value.name: output for value, output in zip(self.signature.outputs, outputs, strict=True)}
+
+    def bind(self, feeds: Feeds) -> BoundRun:
+        """Put `feeds` and room for the outputs into the device's memory; runs once.
+
+        Raises:
+            InputError: as for `run`.
+        """
+        device = "cuda" if self.target.provider in {"cuda", "tensorrt"} else "cpu"
+        with self._running():
+            return BoundRun(self._session, feeds, device)
+
+    def time(self, feeds: Feeds, repeats: int) -> list[float]:
+        """Seconds of each of `repeats` runs after one that is not counted; no copies from or to the host inside."""
+        bound = self.bind(feeds)
+        return [bound.seconds() for _ in range(repeats)]
+
+    def profile_events(self) -> list[KernelEvent]:
+        """Every kernel run so far, nested bodies included; ends profiling. For sessions opened with `profile_to`."""
+        return read_events(Path(self._session.end_profiling()))
+
+    @contextlib.contextmanager
+    def _running(self) -> Generator[None]:
+        try:
+            yield
+        except _ERRORS as error:
+            wanted = ", ".join(map(str, self.signature.inputs)) or "no inputs"
+            got = f"inputs that {self.label} cannot run on ({native_reason(error)})"
+            raise InputError(got, wanted, "give inputs like these") from error
+
+
+def open_session(model: Path | bytes, target: Target, level: str = "all", profile_to: Path | None = None) -> Session:
+    """Open a model on exactly the provider of `target`.
+
+    Args:
+        model: A file (external data and models above 2 GB work), or a serialized model.
+        target: Provider, its options, threads, and whether nodes may fall back to the CPU provider.
+        level: Graph optimization level: none, basic, extended or all.
+        profile_to: An existing folder that receives onnxruntime's profile; see `Session.profile_events`.
+
+    Raises:
+        InputError: if onnxruntime cannot load the model.
+        UnsupportedTypeError: if a kernel is missing, as for bfloat16 convolutions on the CPU.
+        ProviderError: if the provider cannot load here, does not know an option, or leaves nodes to another provider.
+    """
+    return _open(model, target, level, profile_to, {})
+
+
+def trace(model: Path | bytes, feeds: Feeds, target: Target) -> dict[str, list[NodeShapes]]:
+    """Shapes of everything every node read and wrote in one run without graph optimizations, bodies included.
+
+    Args:
+        model: As for `open_session`; nodes without a name, or sharing one, cannot be told apart: name them first.
+        feeds: One sample.
+        target: Where to run; nodes of a non-CPU target may fall back, shapes do not depend on it.
+
+    Returns:
+        Node name -> its distinct sets of shapes with the number of runs that had them. Input shapes leave out optional
+        inputs that are not given. Nodes that were never reached (a branch not taken) are missing.
+
+    Raises:
+        InputError, UnsupportedTypeError, ProviderError: as for `open_session` and `Session.run`.
+    """
+    with tempfile.TemporaryDirectory(prefix="onnx-lowrank-") as folder:
+        # A prepacked weight is released and would be missing from the shapes.
+        session = _open(model, target, "none", Path(folder), {"session.disable_prepacking": "1"}, placement=False)
+        session.run(feeds)
+        return shapes_by_node(session.profile_events())
+
+
+def available_providers() -> tuple[str, ...]:
+    """Short names of the providers that load on this machine; that a wheel lists a provider means nothing."""
+    return tuple(name for name in listed_providers() if provider_reason(name) is None)
+
+
+def listed_providers() -> tuple[str, ...]:
+    """Short names of the providers that the installed onnxruntime was built with."""
+    listed = set(ort.get_available_providers())
+    return tuple(short for short, name in PROVIDERS.items() if name in listed)
+
+
+@functools.cache
+def provider_reason(provider: str) -> str | None:
+    """Why `provider` cannot load here, or None if it does; asked by running a model of one node."""
+    try:
+        session = open_session(_PROBE.SerializeToString(), Target(provider, threads=1, allow_fallback=True))
+        session.run({"x": np.ones(1, np.float32)})
+    except (ProviderError, InputError) as error:
+        return error.got.partition(" (")[2].removesuffix(")") or error.got
+    return None
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything a measured number depends on."""
+    found = {"python": platform.python_version(), "onnxruntime": str(ort.__version__)}
+    for package in ("onnx-lowrank", "onnx", "onnx-graphsurgeon", "numpy", "scipy", "tensorly"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def _open(
+    model: Path | bytes,
+    target: Target,
+    level: str,
+    profile_to: Path | None,
+    config: Mapping[str, str],
+    *,
+    placement: bool = True,
+) -> Session:
+    label = str(model) if isinstance(model, Path) else f"a model of {len(model)} bytes"
+    options = _session_options(target, level, profile_to, config)
+    name, foreign = target.provider_name, target.provider != "cpu"
+    if name not in ort.get_available_providers():
+        built = ", ".join(listed_providers())
+        raise _provider_error(target, f"this onnxruntime was built with {built} only")
+    if target.provider in {"cuda", "tensorrt"} and hasattr(ort, "preload_dlls"):
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find; the session says it better
+            ort.preload_dlls()
+    asked = [(name, dict(target.provider_options))] + ([("CPUExecutionProvider", {})] if foreign else [])
+    with captured_stderr() if foreign else contextlib.nullcontext(lambda: "") as complaints:
+        try:
+            source = str(model) if isinstance(model, Path) else model
+            session = ort.InferenceSession(source, options, providers=asked, enable_fallback=0)
+        except _ERRORS as error:
+            raise _load_error(error, target, label) from error
+        said = complaints()
+    if session.get_providers()[0] != name:
+        raise _provider_error(target, said or "onnxruntime gives no reason")
+    if unknown := set(target.provider_options) - set(session.get_provider_options()[name]):
+        known = ", ".join(sorted(session.get_provider_options()[name])) or "none: it has no options"
+        raise ProviderError(
+            f"unknown option {', '.join(sorted(unknown))} of provider {target.provider}", known, "correct it"
+        )
+    if foreign and placement and not target.allow_fallback:
+        _check_placement(session, target)
+    return Session(session, target, label)
+
+
+def _session_options(target: Target, level: str, profile_to: Path | None, config: Mapping[str, str]) -> Any:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = target.threads, 1
+    options.log_severity_level = 3
+    options.graph_optimization_level = _LEVELS[level]
+    for key, value in {**_CONFIG, **config}.items():
+        options.add_session_config_entry(key, value)
+    if profile_to is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile_to / "profile")
+    return options
+
+
+def _check_placement(session: ort.InferenceSession, target: Target) -> None:
+    if not hasattr(session, "get_provider_graph_assignment_info"):  # onnxruntime < 1.24
+        return
+    strays = [
+        f"{node.op_type} {node.name}".strip()
+        for part in session.get_provider_graph_assignment_info()
+        if part.ep_name != target.provider_name
+        for node in part.get_nodes()
+    ]
+    if strays:
+        more = f" and {len(strays) - 3} more" if len(strays) > 3 else ""
+        raise ProviderError(
+            f"{len(strays)} nodes that {target.provider} leaves to another provider ({', '.join(strays[:3])}{more})",
+            f"every node on {target.provider_name}",
+            "allow it with --allow-fallback, or choose another provider",
+        )
+
+
+def _load_error(error: Exception, target: Target, label: str) -> InputError | ProviderError:
+    reason = native_reason(error)
+    if isinstance(error, ort_state.NotImplemented):
+        return UnsupportedTypeError(
+            f"{label} ({reason})",
+            f"operators and element types that {target.provider_name} implements",
+            "convert the model to float32, or choose another provider",
+        )
+    if target.provider != "cpu" and isinstance(error, (RuntimeError, ValueError, ort_state.EPFail)):
+        return _provider_error(target, reason)
+    return InputError(
+        f"{label}, which onnxruntime {ort.__version__} cannot load ({reason})",
+        "a model that onnxruntime runs",
+        "check the file with onnx.checker, or install the onnxruntime that matches it",
+    )
+
+
+def _provider_error(target: Target, reason: str) -> ProviderError:
+    return ProviderError(
+        f"provider {target.provider} that does not load here ({native_reason(reason)})",
+        f"a working {target.provider_name}",
+        "install what it needs (onnx-lowrank doctor says more), or choose another provider",
+    )
+
+
+def _spec(meta: Any) -> TensorSpec:
+    match = re.fullmatch(r"tensor\((\w+)\)", meta.type)
+    elem_type = _ELEM_TYPES.get(match[1], 0) if match else 0
+    return TensorSpec(meta.name, elem_type, tuple(meta.shape) if match else ())

@@ -64,18 +64,24 @@ class Target:
         if self.threads < 0:
             raise InputError(f"--threads {self.threads}", "0 (all cores) or more", "give another number")
         if self.threads == 0:
-            object.__setattr__(self, "threads", len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+            object.__setattr__(
+                self,
+                "threads",
+                len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+            )
         total = sum(entry.weight for entry in self.shapes)
         if self.shapes:
             normalized = tuple(InputShapes(entry.shapes, entry.weight / total) for entry in self.shapes)
             object.__setattr__(self, "shapes", normalized)
 
     def __hash__(self) -> int:
-        return hash((self.provider, self.threads, self.levels, self.shapes, tuple(sorted(self.provider_options.items()))))
+        return hash(
+            (self.provider, self.threads, self.levels, self.shapes, tuple(sorted(self.provider_options.items())))
+        )
 
     @property
     def provider_name(self) -> str:
-        """onnxruntime's name of the provider."""
+        """Onnxruntime's name of the provider."""
         return PROVIDERS[self.provider]
 
 
@@ -103,7 +109,9 @@ def parse_shapes(options: Iterable[str]) -> tuple[InputShapes, ...]:
     counts = {len(entries) for entries in per_input.values()} - {1}
     if len(counts) > 1:
         listed = ", ".join(f"{name}: {len(entries)}" for name, entries in per_input.items())
-        raise InputError(f"different numbers of shapes ({listed})", "one or the same number for each", "add the missing")
+        raise InputError(
+            f"different numbers of shapes ({listed})", "one or the same number for each", "add the missing"
+        )
     sets: list[InputShapes] = []
     for i in range(max(counts, default=1 if per_input else 0)):
         picked = {name: entries[i if len(entries) > 1 else 0] for name, entries in per_input.items()}

@@ -1,1 +1,252 @@
-"""Reserved for the room of this name; see CONTRIBUTING."""
+"""Is the optimized file valid, is its signature the original's, and how far are its outputs from the original's?
+
+Only the two files on disk are opened: what is compared is what will be deployed, at the optimization level it runs at.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import onnx
+from google.protobuf.message import DecodeError
+from onnx.reference import ReferenceEvaluator
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from onnx_lowrank.data import Dataset
+from onnx_lowrank.errors import InputError, InvalidResultError
+from onnx_lowrank.fidelity import FidelityMeter, OutputFidelity
+from onnx_lowrank.graph import check_file, load
+from onnx_lowrank.runtime import UnsupportedTypeError, open_session
+from onnx_lowrank.signature import Feeds, Signature, TensorSpec, index_bounds, signature_of
+from onnx_lowrank.synthetic import batch_size, leading_size, resolve_shapes, synthetic_feeds
+from onnx_lowrank.target import Target
+
+logger = logging.getLogger(__name__)
+Run = Callable[[Feeds], Mapping[str, object]]
+SYNTHETIC_BATCHES = 8
+_REFERENCE_BATCHES = 2
+_SMALL_IMAGE, _SMALL_OTHER = 32, 8
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The result of a comparison.
+
+    Args:
+        original: Path of the original model.
+        optimized: Path of the optimized model.
+        data: "held-out" for given samples, "synthetic" for inputs drawn to fit the signature.
+        engine: "onnxruntime", or "onnx.reference" for element types the provider has no kernels for.
+        samples: Samples compared.
+        relative_error: Relative L2 error over all outputs of real numbers.
+        outputs: Distances per output.
+        max_error: The limit stated for `relative_error`, or None.
+        notes: Guesses and exceptions the user should know.
+    """
+
+    original: str
+    optimized: str
+    data: str
+    engine: str
+    samples: int
+    relative_error: float
+    outputs: tuple[OutputFidelity, ...]
+    max_error: float | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    def require_valid(self) -> None:
+        """Check for non-finite outputs and the stated limit.
+
+        Raises:
+            InvalidResultError: if either is violated.
+        """
+        for output in self.outputs:
+            if output.non_finite_new:
+                raise InvalidResultError(
+                    f"{output.non_finite_new} NaN or infinite values in output {output.name!r} of {self.optimized}",
+                    "finite values wherever the original has them",
+                    "use a smaller goal, or keep the layers in front of it with --keep",
+                )
+        if self.max_error is not None and not self.relative_error <= self.max_error:
+            worst = max(self.outputs, key=lambda output: output.relative)
+            raise InvalidResultError(
+                f"relative error {self.relative_error:.3g} on {self.data} data; the worst output is {worst.name!r}",
+                f"at most {self.max_error:g}",
+                "use a smaller goal, or keep sensitive layers with --keep",
+            )
+
+
+def validate(
+    original: Path,
+    optimized: Path,
+    target: Target,
+    dataset: Dataset | None = None,
+    max_error: float | None = None,
+    *,
+    seed: int = 0,
+) -> Validation:
+    """`compare`, then `Validation.require_valid`: returns only for a valid result.
+
+    Raises:
+        InvalidResultError: in either.
+        InputError, ProviderError: if a file cannot be read or run.
+    """
+    validation = compare(original, optimized, target, dataset, max_error, seed=seed)
+    validation.require_valid()
+    return validation
+
+
+def compare(
+    original: Path,
+    optimized: Path,
+    target: Target,
+    dataset: Dataset | None = None,
+    max_error: float | None = None,
+    *,
+    seed: int = 0,
+    logits: Collection[str] = (),
+) -> Validation:
+    """Check the file and the signature, run both models and measure the distance of their outputs.
+
+    Args:
+        original: The model before.
+        optimized: The model after.
+        target: Where to run; its first optimization level is used, and its shapes for synthetic inputs.
+        dataset: Held-out samples, or None for seeded synthetic inputs.
+        max_error: Limit for the relative error; kept in the result, see `Validation.require_valid`.
+        seed: Seed of the synthetic inputs.
+        logits: Outputs to be called logits; see `fidelity`.
+
+    Raises:
+        InvalidResultError: if the checker refuses the optimized file or its signature is not the original's.
+        InputError, ProviderError: if a file cannot be read or run.
+    """
+    before, after = _read(original), _read(optimized)
+    check_file(optimized, load(original).tolerated)
+    signature = signature_of(before)
+    _check_signature(optimized, signature, signature_of(after))
+    (run_before, run_after), engine = _runners(original, optimized, target)
+    small = engine != "onnxruntime"
+    feeds, notes = _feeds(before, signature, target, dataset, seed=seed, small=small)
+    if small:
+        notes.append(f"{target.provider_name} has no kernels for the element types used: compared with {engine}")
+    meter, samples = FidelityMeter(logits), 0
+    for feed, count in feeds:
+        meter.update(run_before(feed), run_after(feed), count)
+        samples += count
+    return Validation(
+        original=str(original),
+        optimized=str(optimized),
+        data="held-out" if dataset is not None else "synthetic",
+        engine=engine,
+        samples=samples,
+        relative_error=meter.relative_error,
+        outputs=meter.result(),
+        max_error=max_error,
+        notes=tuple(notes),
+    )
+
+
+def render(validation: Validation) -> Group:
+    """A table of one row per output, and what it was measured on, for a terminal."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("output", overflow="fold")
+    columns = ("rel. L2", "p50", "p99", "worst", "max abs", "mean abs", "cosine", "KL", "top-1 agrees")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for output in validation.outputs:
+        numbers = (
+            output.relative,
+            *(output.percentiles[share] for share in ("50", "99", "100")),
+            output.max_absolute,
+            output.mean_absolute,
+        )
+        kl = "" if output.kl is None else f"{output.kl:.2e}"
+        agreement = "" if output.top1_agreement is None else f"{output.top1_agreement:.2%}"
+        table.add_row(output.name, *(f"{n:.2e}" for n in numbers), f"{output.cosine:.6f}", kl, agreement)
+    heading = (
+        f"relative error {validation.relative_error:.3g} over all outputs on "
+        f"{validation.samples} {validation.data} samples ({validation.engine})"
+    )
+    return Group(Text(heading), table, *(Text(f"note: {note}", style="yellow") for note in validation.notes))
+
+
+def _read(path: Path) -> onnx.ModelProto:
+    try:
+        return onnx.load(path, load_external_data=False)
+    except (OSError, DecodeError, ValueError) as error:
+        raise InputError(f"{path}, which cannot be read ({error})", "an ONNX model", "check the path") from error
+
+
+def _check_signature(path: Path, before: Signature, after: Signature) -> None:
+    for kind, olds, news in (("inputs", before.inputs, after.inputs), ("outputs", before.outputs, after.outputs)):
+        if olds != news:
+            changed = [spec for spec in news if spec not in olds] or news
+            wanted = [spec for spec in olds if spec not in news] or olds
+            raise InvalidResultError(
+                f"{kind} {_specs(changed)} in {path}",
+                f"{_specs(wanted)} as in the original",
+                "find the pass with --bisect, and report it",
+            )
+
+
+def _specs(specs: Collection[TensorSpec]) -> str:
+    return ", ".join(map(str, specs))
+
+
+def _runners(original: Path, optimized: Path, target: Target) -> tuple[tuple[Run, Run], str]:
+    level = target.levels[0]
+    try:
+        sessions = open_session(original, target, level), open_session(optimized, target, level)
+    except UnsupportedTypeError as error:
+        logger.info("validated with onnx.reference: %s", error)
+        return (_reference(original), _reference(optimized)), "onnx.reference"
+    return (sessions[0].run, sessions[1].run), "onnxruntime"
+
+
+def _reference(path: Path) -> Run:
+    evaluator = ReferenceEvaluator(str(path))
+    names = [str(name) for name in evaluator.output_names]
+
+    def run(feeds: Feeds) -> Mapping[str, object]:
+        return dict(zip(names, evaluator.run(None, dict(feeds)), strict=True))
+
+    return run
+
+
+def _feeds(
+    model: onnx.ModelProto,
+    signature: Signature,
+    target: Target,
+    dataset: Dataset | None,
+    *,
+    seed: int,
+    small: bool,
+) -> tuple[Iterator[tuple[Feeds, int]], list[str]]:
+    """Feeds with the number of samples in each, and what had to be guessed for them."""
+    if dataset is not None:
+        size = dataset.batch or batch_size(signature.inputs, target)
+        used = dataset.take(slice(_REFERENCE_BATCHES * size)) if small else dataset
+        counts = [size] * (len(used) // size) + [len(used) % size] * bool(len(used) % size)
+        return zip(used.feeds(size), counts, strict=True), list(dataset.notes)
+    sizes = (_SMALL_IMAGE, _SMALL_OTHER) if small else ()
+    given = [entry.shapes for entry in target.shapes] or [{}]
+    resolved = [resolve_shapes(signature.inputs, shapes, *sizes) for shapes in given]
+    bounds = index_bounds(model)
+    batches = _REFERENCE_BATCHES if small else max(SYNTHETIC_BATCHES, len(resolved))
+
+    def draw() -> Iterator[tuple[Feeds, int]]:
+        for i in range(batches):
+            shapes = resolved[i % len(resolved)][0]
+            yield synthetic_feeds(signature.inputs, shapes, seed + i, bounds), leading_size(signature.inputs, shapes)
+
+    return draw(), sorted({note for _, notes in resolved for note in notes})

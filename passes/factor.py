@@ -1,1 +1,89 @@
-"""Reserved for the room of this name; see CONTRIBUTING."""
+"""Factor: realise a plan, replacing each chosen layer by its chain."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from onnx_lowrank.decomposition import Decomposition, Factorization, Rank
+from onnx_lowrank.errors import PassError
+from onnx_lowrank.graph.layers import layers
+from onnx_lowrank.graph.model import Graph
+from onnx_lowrank.layer import Layer
+from onnx_lowrank.passes.decompose import decompositions
+from onnx_lowrank.plan import Choice, Plan
+from onnx_lowrank.rewrite import Replacement, splice
+from onnx_lowrank.transform import Note, Pass, PassResult
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Factor(Pass):
+    """Replace layers by low-rank chains, as a plan says.
+
+    Args:
+        plan: The choices; layers it does not mention are kept.
+        methods: The decompositions the plan may name.
+        factorizations: Weights already decomposed, by layer key and method; the others are decomposed now.
+    """
+
+    plan: Plan
+    methods: Mapping[str, Decomposition] = field(default_factory=decompositions)
+    factorizations: Mapping[tuple[str, str], Factorization] = field(
+        default_factory=dict[tuple[str, str], Factorization]
+    )
+    name: ClassVar[str] = "factor"
+
+    def run(self, graph: Graph) -> PassResult:
+        """Splice every chain.
+
+        Raises:
+            PassError: for a layer this model does not have, an unknown method, or a rank the layer cannot have; the
+                graph is untouched then.
+        """
+        found, _ = layers(graph, check=False)
+        by_key = {layer.key: layer for layer in found}
+        chosen = [choice for choice in self.plan.layers if not choice.keeps]
+        for choice in chosen:
+            self._check(choice, by_key.get(choice.key))
+        flushed = splice(graph, (self._replacement(by_key[choice.key], choice) for choice in chosen))
+        for key, count in flushed.items():
+            if count:
+                log.info("%s: %d denormal weights set to zero", key, count)
+        notes = tuple(Note(choice.node, f"{choice.method} at rank {_product(choice.rank)}") for choice in chosen)
+        return PassResult(bool(notes), notes)
+
+    def _check(self, choice: Choice, layer: Layer | None) -> None:
+        if layer is None:
+            raise self._error(choice, "an unknown layer", "a key of this model", "make the plan again for this model")
+        method = self.methods.get(choice.method)
+        if method is None:
+            known = ", ".join(sorted(self.methods))
+            raise self._error(choice, f"unknown method {choice.method!r}", f"one of {known}", "edit the plan")
+        refusal = method.refusal(layer.shape)
+        if refusal is not None:
+            raise self._error(choice, f"{choice.method} where {refusal}", "another method", "edit the plan")
+        limit = method.exact_rank(layer.shape)
+        if limit is not None and not _within(choice.rank, limit):
+            got = f"rank {_product(choice.rank)}" if choice.rank else "no rank"
+            raise self._error(choice, f"{got} of {choice.method}", f"1 to {_product(limit)}", "edit the plan")
+
+    def _replacement(self, layer: Layer, choice: Choice) -> Replacement:
+        method = self.methods[choice.method]
+        cut = self.factorizations.get((layer.key, choice.method)) or method.factorize(layer.read())
+        stamp = {"method": choice.method, "rank": _product(choice.rank), "plan": self.plan.digest}
+        return Replacement(layer, method.chain(layer.shape, choice.rank), cut.factors(choice.rank), stamp)
+
+    def _error(self, choice: Choice, got: str, expected: str, do: str) -> PassError:
+        return PassError(self.name, choice.key, got, expected, do)
+
+
+def _within(rank: Rank, limit: Rank) -> bool:
+    return len(rank) == len(limit) and all(1 <= r <= most for r, most in zip(rank, limit, strict=True))
+
+
+def _product(rank: Rank) -> str:
+    return "x".join(map(str, rank))

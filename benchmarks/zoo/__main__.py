@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,21 +12,19 @@ import onnx
 from benchmarks.zoo import results
 from benchmarks.zoo.cache import default_cache
 from benchmarks.zoo.evaluate import evaluate
+from benchmarks.zoo.model import ZooModel
 from benchmarks.zoo.models import all_models
 from benchmarks.zoo.source import SourceError
-
-logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     options = _parser().parse_args(arguments)
     match options.verb:
         case "fetch":
-            return fetch(options.names or list(all_models()), options.cache)
+            return fetch([_known(name) for name in options.names or all_models()], options.cache)
         case "eval":
-            return evaluate_one(options.name, options.model, options.cache, options.json)
+            return evaluate_one(_known(options.name), options.model, options.cache, as_json=options.json)
         case _:
             print(results.render())
             return 0
@@ -39,31 +36,37 @@ def _parser() -> argparse.ArgumentParser:
     cached = argparse.ArgumentParser(add_help=False)
     cached.add_argument("--cache", type=Path, default=default_cache(), help="folder of the zoo (%(default)s)")
     fetching = verbs.add_parser("fetch", parents=[cached], help="download and export models into the cache")
-    fetching.add_argument("names", nargs="*", choices=[[], *all_models()], metavar="NAME")
+    fetching.add_argument("names", nargs="*", metavar="NAME", help="default: all")
     evaluating = verbs.add_parser("eval", parents=[cached], help="task metric and fidelity of a model file")
-    evaluating.add_argument("name", choices=list(all_models()), metavar="NAME")
+    evaluating.add_argument("name", metavar="NAME")
     evaluating.add_argument("model", type=Path, nargs="?", metavar="MODEL.onnx", help="default: the original")
     evaluating.add_argument("--json", action="store_true", help="print one JSON object")
     verbs.add_parser("table", help="render benchmarks/results/*.json as markdown")
     return parser
 
 
-def fetch(names: Sequence[str], cache: Path) -> int:
-    """Build the named models and print what the cache holds; returns 1 if one failed."""
+def _known(name: str) -> ZooModel:
+    """The model of that name; exits with 2 if there is none."""
+    if name not in all_models():
+        _parser().error(f"got model {name!r}, expected one of {', '.join(all_models())}")
+    return all_models()[name]
+
+
+def fetch(models: Sequence[ZooModel], cache: Path) -> int:
+    """Build models and print what the cache holds; returns 1 if one failed."""
     row = "{:<16} {:>5} {:>12} {:>9}  {:<34} {}".format
     print(row("name", "opset", "params", "MiB", "timing input", "ok"))
     failed = 0
-    for name in names:
-        model = all_models()[name]
+    for model in models:
         try:
             path = model.build(cache)
         except (SourceError, ImportError) as error:
             failed += 1
-            print(row(name, "-", "-", "-", " ".join(model.inputs), f"no: {error}"))
+            print(row(model.name, "-", "-", "-", " ".join(model.inputs), f"no: {error}"))
             continue
         opset, params = _facts(path)
         size = f"{path.stat().st_size / 2**20:.1f}"
-        print(row(name, opset, f"{params:,}", size, " ".join(model.inputs), "yes"), flush=True)
+        print(row(model.name, opset, f"{params:,}", size, " ".join(model.inputs), "yes"), flush=True)
     return int(failed > 0)
 
 
@@ -77,9 +80,8 @@ def _facts(path: Path) -> tuple[int, int]:
     return next(o.version for o in model.opset_import if not o.domain), params
 
 
-def evaluate_one(name: str, path: Path | None, cache: Path, as_json: bool) -> int:
+def evaluate_one(model: ZooModel, path: Path | None, cache: Path, *, as_json: bool) -> int:
     """Evaluate a model file against its original and print the result."""
-    model = all_models()[name]
     result = evaluate(model, cache, path or model.build(cache))
     if as_json:
         print(json.dumps(result.as_row()))

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ def sha256(path: Path) -> str:
 
 
 @contextmanager
-def appearing_whole(path: Path) -> Iterator[Path]:
+def appearing_whole(path: Path) -> Generator[Path, None, None]:
     """Yield a sibling path to write to; it becomes `path` when the block succeeds and vanishes when it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".partial-") as folder:
@@ -42,7 +42,7 @@ def appearing_whole(path: Path) -> Iterator[Path]:
 def save_arrays(path: Path, arrays: Arrays) -> None:
     """Write an .npz file, arrays named like graph inputs, leading axis = samples."""
     with appearing_whole(path) as partial:
-        np.savez(partial, allow_pickle=False, **dict(arrays))
+        np.savez(partial, **dict(arrays))  # pyright: ignore[reportArgumentType]  # its own keywords are typed
 
 
 def load_arrays(path: Path) -> dict[str, NDArray[Any]]:

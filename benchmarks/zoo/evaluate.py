@@ -113,11 +113,14 @@ def evaluate(model: ZooModel, cache: Path, candidate: Path) -> Evaluation:
         expected = model.score(reference, reference, batch, original.parent)
         for name, pair in model.score(outputs, reference, batch, original.parent).items():
             sums.setdefault(name, []).append(np.stack([*pair, *expected[name]]))
-    metrics = {name: _metric(np.concatenate(parts, axis=1), model.higher_is_better) for name, parts in sums.items()}
+    metrics = {
+        name: _metric(np.concatenate(parts, axis=1), higher_is_better=model.higher_is_better)
+        for name, parts in sums.items()
+    }
     return Evaluation(model.name, str(candidate), metrics, fidelity.as_row(), time.perf_counter() - started)
 
 
-def _metric(sums: NDArray[np.float64], higher_is_better: bool) -> Metric:
+def _metric(sums: NDArray[np.float64], *, higher_is_better: bool) -> Metric:
     """From rows (numerator, denominator, original numerator, original denominator) of every sample."""
     rng = np.random.default_rng(0)
     counted = sums[:, (sums[1] > 0) | (sums[3] > 0)]  # a sample without a denominator says nothing

@@ -45,7 +45,7 @@ class ZooModel(ABC):
         """Write the ONNX file, given the unpacked folder of each source."""
 
     @abstractmethod
-    def calibration(self, folders: Sequence[Path], samples: int) -> Arrays:
+    def calibration(self, folders: Sequence[Path], original: Path, samples: int) -> Arrays:
         """Data to calibrate on, disjoint from `evaluation`: arrays named like graph inputs, leading axis = samples."""
 
     @abstractmethod
@@ -78,7 +78,7 @@ class ZooModel(ABC):
             with appearing_whole(model) as partial:
                 self.export(folders, partial)
         if not calibration.is_file():
-            save_arrays(calibration, self.calibration(folders, samples))
+            save_arrays(calibration, self.calibration(folders, model, samples))
         if not evaluation.is_file():
             save_arrays(evaluation, self.evaluation(folders, model))
         return model
@@ -86,9 +86,3 @@ class ZooModel(ABC):
     def run(self, session: Session, data: Arrays) -> list[NDArray[Any]]:
         """Run one batch; models that carry a state from frame to frame override this."""
         return session.run({name: array for name, array in data.items() if name in session.inputs})
-
-    def metric(self, cache: Path, candidate: Path) -> dict[str, Any]:
-        """Task metric and fidelity of a model file, see `evaluate.evaluate`."""
-        from benchmarks.zoo.evaluate import evaluate  # evaluate needs ZooModel for its types
-
-        return evaluate(self, cache, candidate).as_row()

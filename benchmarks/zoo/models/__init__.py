@@ -9,7 +9,11 @@ from benchmarks.zoo.model import ZooModel
 
 @cache
 def all_models() -> dict[str, ZooModel]:
-    """Every model of the zoo by name, sorted."""
+    """Every model of the zoo by name, sorted.
+
+    Raises:
+        ImportError: A package of the extra `zoo` is missing.
+    """
     found: dict[str, ZooModel] = {}
     for entry in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"{__name__}.{entry.name}")

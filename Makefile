@@ -1,0 +1,55 @@
+# Everything runs in a virtual environment of its own; `make` without a target lists what there is.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PYTEST_ARGS ?=
+
+.PHONY: help venv test demo lint clean
+
+help:
+	@echo "make demo   set up, then optimize the model that ships with the package and show what was gained"
+	@echo "make test   set up, then run the tests (without GPU, model zoo and the minutes-long ones)"
+	@echo "make lint   set up, then check style, types and the import contracts"
+	@echo "make venv   set up only: a virtual environment in $(VENV)"
+	@echo "make clean  remove $(VENV) and everything that was built"
+	@echo "Another interpreter: make PYTHON=python3.12 ..."
+
+venv: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) --version >/dev/null 2>&1 || { \
+		echo "There is no $(PYTHON) here. Install Python 3.11 or newer, or name it: make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "$(PYTHON) is $$($(PYTHON) --version), and 3.11 or newer is needed. Name another: make PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		name=$$($(PYTHON) -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])'); \
+		echo "$(PYTHON) cannot make virtual environments: its ensurepip module is missing."; \
+		echo "Install it with: apt-get install $$name"; exit 1; }
+	@echo "Setting up a virtual environment in $(VENV) (about 600 MB; a minute or two, longer when nothing is cached) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+	@echo "Set up."
+
+test: $(INSTALLED)
+	@echo "Running the tests (a few minutes) ..."
+	@$(BIN)/pytest -m "not slow and not zoo and not cuda" --timeout 300 \
+		--cov onnx_lowrank --cov onnx_lowrank.passes --cov-report term $(PYTEST_ARGS)
+
+demo: $(INSTALLED)
+	@echo "Optimizing the model that ships with the package ..."
+	@$(BIN)/onnx-lowrank demo
+
+lint: $(INSTALLED)
+	@echo "Checking style ..."
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@echo "Checking types ..."
+	@$(BIN)/pyright --pythonpath $(BIN)/python
+	@echo "Checking that imports run downward only ..."
+	@$(BIN)/lint-imports --no-logo
+
+clean:
+	@echo "Removing $(VENV), builds and caches ..."
+	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache .coverage .coverage.*

@@ -1,0 +1,58 @@
+"""The task metric of a model on labelled data, sample by sample, so that two models can be compared in pairs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_lowrank.data import Dataset
+from onnx_lowrank.errors import InputError
+from onnx_lowrank.metrics import Scores, metric_named
+from onnx_lowrank.runtime import open_session
+from onnx_lowrank.synthetic import batch_size
+from onnx_lowrank.target import Target
+
+
+def evaluate(
+    model: Path,
+    dataset: Dataset,
+    metric: str,
+    target: Target,
+    *,
+    output: str | None = None,
+    batch: int | None = None,
+) -> Scores:
+    """Scores of `metric` for every sample, in order, at the target's first optimization level.
+
+    Args:
+        model: File of the model.
+        dataset: Samples with labels.
+        metric: A key of `metrics.METRICS`.
+        target: Where to run.
+        output: The output that is scored; the first by default.
+        batch: Samples per run where the model leaves it open; by default what the target is timed with.
+
+    Raises:
+        InputError: without labels, for an unknown metric or output, or if the labels do not fit it.
+    """
+    score = metric_named(metric)
+    if dataset.labels is None:
+        raise InputError("data without labels", "an array 'label'", f"add labels, or leave out --metric {metric}")
+    session = open_session(model, target, target.levels[0])
+    names = [spec.name for spec in session.signature.outputs]
+    name = names[0] if output is None else output
+    if name not in names:
+        raise InputError(f"unknown output {name!r}", f"one of {', '.join(map(repr, names))}", "name one of these")
+    size = dataset.batch or batch or batch_size(session.signature.inputs, target)
+    scores: list[Scores] = []
+    for start, feed in zip(range(0, len(dataset), size), dataset.feeds(size), strict=True):
+        labels = dataset.labels[start : start + size]
+        scores.append(score(_per_sample(session.run(feed)[name], len(labels)), labels))
+    return np.concatenate(scores)
+
+
+def _per_sample(output: NDArray[np.generic], count: int) -> NDArray[np.generic]:
+    """(samples, ...): an output without a batch axis belongs to the one sample fed."""
+    return output if output.ndim and len(output) == count else output[None]

@@ -1,0 +1,191 @@
+"""Every graph pass and decomposition there is: found by walking `onnx_lowrank.passes`, built from their options' text.
+
+A class is listed when it is a concrete frozen dataclass defined in a module of that package, or of a module that a
+third party names in the entry-point group `onnx_lowrank.passes`, and every field has a default.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterable, Iterator
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from difflib import get_close_matches
+from functools import cache
+from importlib.metadata import entry_points
+from types import ModuleType, NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import onnx_lowrank.passes
+from onnx_lowrank.decomposition import Decomposition
+from onnx_lowrank.errors import InputError
+from onnx_lowrank.plan import PassSpec
+from onnx_lowrank.transform import Pass
+
+GROUP = "onnx_lowrank.passes"
+Rewrite = type[Pass] | type[Decomposition]
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of a pass: a field of its dataclass. `kind` is its type in words, `default` as one would write it."""
+
+    name: str
+    kind: str
+    default: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of `onnx-lowrank passes`. `kind` is "graph pass" or "decomposition"."""
+
+    kind: str
+    name: str
+    options: tuple[Option, ...]
+    description: str
+
+
+def catalogue() -> list[Entry]:
+    """Every graph pass and decomposition, by kind and name."""
+    entries = [
+        Entry(
+            "graph pass" if issubclass(found, Pass) else "decomposition",
+            name,
+            tuple(Option(item.name, _words(_hint(found, item)), _text(_default(item))) for item in options_of(found)),
+            (inspect.getdoc(found) or "").partition("\n")[0],
+        )
+        for name, found in discover().items()
+    ]
+    return sorted(entries, key=lambda entry: (entry.kind != "graph pass", entry.name))
+
+
+@cache
+def discover() -> dict[str, Rewrite]:
+    """Name -> class, of all passes and decompositions that options can build.
+
+    Raises:
+        InputError: if two have the same name, or an entry point cannot be loaded.
+    """
+    found: dict[str, Rewrite] = {}
+    for item in (*_own(), *_third_party()):
+        other = found.setdefault(item.name, item)
+        if other is not item:
+            got = f"two passes called {item.name!r}, in {other.__module__} and {item.__module__}"
+            raise InputError(got, "different names", "remove one of the packages")
+    return found
+
+
+def build(spec: PassSpec) -> Pass | Decomposition:
+    """The pass or decomposition `spec` asks for.
+
+    Raises:
+        InputError: for an unknown name or option, or a value that does not fit the option's type.
+    """
+    known = discover()
+    found = known.get(spec.name)
+    if found is None:
+        near = get_close_matches(spec.name, known, n=1)
+        do = f"did you mean {near[0]!r}?" if near else "list them with `onnx-lowrank passes`"
+        raise InputError(f"the pass {spec.name!r}", f"one of {', '.join(sorted(known))}", do)
+    options = {item.name: item for item in options_of(found)}
+    values: dict[str, Any] = {}
+    for name, value in spec.options.items():
+        if name not in options:
+            expected = f"one of {', '.join(options)}" if options else "no option"
+            raise InputError(f"the option {name!r} of pass {spec.name!r}", expected, "correct the option")
+        hint = _hint(found, options[name])
+        try:
+            values[name] = _convert(str(value), hint)
+        except ValueError as error:
+            got = f"{name}={value} for pass {spec.name!r}"
+            raise InputError(got, _words(hint), "give another value") from error
+    return found(**values)
+
+
+def options_of(rewrite: Rewrite) -> tuple[Field[Any], ...]:
+    """Options of a pass or decomposition: the fields of its dataclass."""
+    return fields(rewrite)  # pyright: ignore[reportArgumentType] - only dataclasses are listed
+
+
+def split(specs: Iterable[PassSpec]) -> tuple[list[Pass], list[Decomposition]]:
+    """Graph passes, in order, and the decompositions that are allowed."""
+    built = [build(spec) for spec in specs]
+    passes = [item for item in built if isinstance(item, Pass)]
+    return passes, [item for item in built if isinstance(item, Decomposition)]
+
+
+def all_decompositions() -> dict[str, Decomposition]:
+    """Every decomposition there is, third-party ones included, with its default options, by name."""
+    built = [build(PassSpec(name)) for name in sorted(discover())]
+    return {method.name: method for method in built if isinstance(method, Decomposition)}
+
+
+def _own() -> Iterator[Rewrite]:
+    for module in pkgutil.walk_packages(onnx_lowrank.passes.__path__, f"{onnx_lowrank.passes.__name__}."):
+        yield from _defined_in(importlib.import_module(module.name))
+
+
+def _third_party() -> Iterator[Rewrite]:
+    for point in sorted(entry_points(group=GROUP), key=lambda point: (point.name, point.value)):
+        try:
+            module = importlib.import_module(point.module)
+        except Exception as error:  # a third party's module may fail in any way; the user must learn whose it is
+            got = f"the entry point {point.name!r} ({point.value}), which fails with {type(error).__name__}: {error}"
+            raise InputError(got, "a module with passes", "mend or remove that package") from error
+        yield from _defined_in(module)
+
+
+def _defined_in(module: ModuleType) -> Iterator[Rewrite]:
+    for item in vars(module).values():
+        if (
+            not inspect.isclass(item)
+            or item.__module__ != module.__name__
+            or not issubclass(item, (Pass, Decomposition))
+        ):
+            continue
+        buildable = is_dataclass(item) and all(_default(field) is not MISSING for field in fields(item))
+        if buildable and not inspect.isabstract(item):
+            yield item
+
+
+def _default(item: Field[Any]) -> object:
+    return item.default if item.default_factory is MISSING else item.default_factory()
+
+
+def _hint(owner: Rewrite, item: Field[Any]) -> object:
+    return get_type_hints(owner)[item.name]
+
+
+def _convert(text: str, hint: object) -> object:
+    """`text` as a value of type `hint`; ValueError if it is none."""
+    if get_origin(hint) is Literal:
+        values = {str(value): value for value in get_args(hint)}
+        return values[text] if text in values else _fail(text)
+    if NoneType in get_args(hint):
+        kinds = [kind for kind in get_args(hint) if kind is not NoneType]
+        return None if text.lower() == "none" else _convert(text, kinds[0])
+    if hint is bool:
+        return {"true": True, "false": False}.get(text.lower()) if text.lower() in {"true", "false"} else _fail(text)
+    if hint is int:
+        return int(text)
+    if hint is float:
+        return float(text)
+    return text if hint is str else _fail(text)
+
+
+def _fail(text: str) -> object:
+    raise ValueError(text)
+
+
+def _words(hint: object) -> str:
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, get_args(hint)))
+    if NoneType in get_args(hint):
+        return " or ".join("none" if kind is NoneType else _words(kind) for kind in get_args(hint))
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    return names.get(hint, str(hint)) if isinstance(hint, type) else str(hint)
+
+
+def _text(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) or value is None else str(value)

@@ -1,0 +1,46 @@
+"""What a terminal shows while a job runs, and tables that belong to no other room."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from onnx_lowrank.catalogue import catalogue
+from onnx_lowrank.progress import Advance, Phases
+
+
+def phases_on(console: Console) -> Phases:
+    """Phases shown as progress bars, or not at all where `console` is no terminal."""
+    if not console.is_terminal:
+        return Phases()
+
+    @contextlib.contextmanager
+    def bar(name: str) -> Generator[Advance]:
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task(name, total=None)
+            yield lambda done, total: progress.update(task, completed=done, total=total)
+
+    return Phases(bar)
+
+
+def catalogue_table() -> Table:
+    """Every pass and decomposition with its options and one line of description."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("name", "kind", "options", "what it does"):
+        table.add_column(name)
+    for entry in catalogue():
+        options = ", ".join(f"{option.name}={option.default} ({option.kind})" for option in entry.options)
+        table.add_row(escape(entry.name), entry.kind, escape(options), escape(entry.description))
+    return table

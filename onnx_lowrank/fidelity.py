@@ -1,0 +1,228 @@
+"""How far the outputs of two models are apart, accumulated batch by batch so that no output is kept.
+
+Relative error is ||candidate - reference||_2 / ||reference||_2. Where an output holds class scores, also how often the
+largest class agrees, and the Kullback-Leibler divergence KL(reference || candidate) in nats where it is defined:
+
+* probabilities: every row along the last axis (two classes or more) is nonnegative and sums to 1 within 1e-3;
+* logits: named so by the caller, or an output with "logit" in its name; a softmax over the last axis comes first;
+* scores: any other output of real numbers of shape (samples, classes >= 2): agreement only;
+* values: all else.
+
+Two outputs of different shapes (detections after suppression) count as wholly wrong: error 1, no agreement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+Rows = NDArray[np.float64]
+_TINY = 1e-12
+_SUM_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class OutputFidelity:
+    """Distances of one output over all samples.
+
+    Args:
+        name: The output.
+        kind: probabilities, logits, scores or values; see the module.
+        samples: Samples compared.
+        max_absolute: Largest absolute difference.
+        mean_absolute: Mean absolute difference.
+        relative: Relative L2 error over all samples together.
+        cosine: Cosine of the angle between both outputs, all samples together.
+        percentiles: Relative error per sample: "50", "90", "99" and "100" percent of samples stay below.
+        kl: Mean over rows, in nats; None unless probabilities or logits.
+        top1_agreement: Share of rows with the same largest class; None for values.
+        shape_mismatches: Samples whose outputs differ in shape.
+        non_finite_reference: NaN and infinite elements of the reference.
+        non_finite_new: Elements that are finite in the reference only.
+    """
+
+    name: str
+    kind: str
+    samples: int
+    max_absolute: float
+    mean_absolute: float
+    relative: float
+    cosine: float
+    percentiles: dict[str, float]
+    kl: float | None
+    top1_agreement: float | None
+    shape_mismatches: int
+    non_finite_reference: int
+    non_finite_new: int
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+@dataclass
+class _Output:
+    """Running sums of one output."""
+
+    kind: str
+    floating: bool
+    elements: int = 0
+    largest: float = 0.0
+    absolute: float = 0.0
+    difference2: float = 0.0
+    reference2: float = 0.0
+    candidate2: float = 0.0
+    dot: float = 0.0
+    errors: list[float] = field(default_factory=list[float])
+    kl: float = 0.0
+    agreed: int = 0
+    rows: int = 0
+    mismatches: int = 0
+    non_finite_reference: int = 0
+    non_finite_new: int = 0
+
+
+class FidelityMeter:
+    """Takes the outputs of both models batch by batch; `result` may be asked at any time after the first.
+
+    Args:
+        logits: Outputs the user calls logits.
+    """
+
+    def __init__(self, logits: Collection[str] = ()) -> None:
+        self._logits = set(logits)
+        self._outputs: dict[str, _Output] = {}
+
+    def update(
+        self,
+        reference: Mapping[str, object],
+        candidate: Mapping[str, object],
+        samples: int,
+    ) -> None:
+        """Add one batch; outputs whose leading axis is not `samples` long count as one sample.
+
+        Sequences and maps have no distance and are left out of the result.
+        """
+        for name, first in reference.items():
+            second = candidate[name]
+            if not (isinstance(first, np.ndarray) and isinstance(second, np.ndarray)):
+                continue
+            state = self._outputs.setdefault(name, _Output(self._kind(name, first), first.dtype.kind not in "iubOUS"))
+            count = samples if first.ndim and len(first) == samples else 1
+            if first.shape != second.shape:
+                _add_mismatch(state, first, count)
+            elif first.dtype.kind in "OUS":
+                _add(state, np.ones((count, first.size // count)), (first == second).reshape(count, -1).astype(float))
+            else:
+                before, after = first.astype(np.float64), second.astype(np.float64)
+                _add(state, before.reshape(count, -1), after.reshape(count, -1))
+                if state.kind != "values":
+                    _add_rows(state, before.reshape(-1, first.shape[-1]), after.reshape(-1, first.shape[-1]))
+
+    def result(self) -> tuple[OutputFidelity, ...]:
+        """One entry per output, in the order of the graph."""
+        return tuple(_finish(name, state) for name, state in self._outputs.items())
+
+    @property
+    def relative_error(self) -> float:
+        """Relative L2 error of all outputs of real numbers together; of all outputs if there is no such output."""
+        states = [state for state in self._outputs.values() if state.floating] or list(self._outputs.values())
+        return _ratio(sum(state.difference2 for state in states), sum(state.reference2 for state in states))
+
+    def _kind(self, name: str, array: NDArray[np.generic]) -> str:
+        if array.ndim < 2 or array.shape[-1] < 2 or array.dtype.kind in "iubOUS":
+            return "values"
+        if name in self._logits or "logit" in name.lower():
+            return "logits"
+        if _is_distribution(array.astype(np.float64)):
+            return "probabilities"
+        return "scores" if array.ndim == 2 else "values"
+
+
+def relative_error(reference: Mapping[str, object], candidate: Mapping[str, object]) -> float:
+    """Relative L2 error of one batch over all outputs; see `FidelityMeter.relative_error`."""
+    meter = FidelityMeter()
+    meter.update(reference, candidate, 1)
+    return meter.relative_error
+
+
+def _add(state: _Output, before: Rows, after: Rows) -> None:
+    both = np.isfinite(before) & np.isfinite(after)
+    state.non_finite_reference += int(np.count_nonzero(~np.isfinite(before)))
+    state.non_finite_new += int(np.count_nonzero(np.isfinite(before) & ~np.isfinite(after)))
+    before, after = np.where(both, before, 0.0), np.where(both, after, 0.0)
+    difference = np.abs(after - before)
+    per_sample, norms = np.sum(difference**2, axis=1), np.sum(before**2, axis=1)
+    state.elements += before.size
+    state.largest = max(state.largest, float(difference.max(initial=0.0)))
+    state.absolute += float(difference.sum())
+    state.difference2 += float(per_sample.sum())
+    state.reference2 += float(norms.sum())
+    state.candidate2 += float(np.sum(after**2))
+    state.dot += float(np.sum(before * after))
+    state.errors.extend(_ratio(float(d), float(n)) for d, n in zip(per_sample, norms, strict=True))
+
+
+def _add_rows(state: _Output, before: Rows, after: Rows) -> None:
+    state.rows += len(before)
+    state.agreed += int(np.count_nonzero(before.argmax(axis=1) == after.argmax(axis=1)))
+    if state.kind == "probabilities" and not _is_distribution(before):
+        state.kind = "scores"
+    if state.kind == "logits":
+        p, q = _softmax(before), _softmax(after)
+    elif state.kind == "probabilities":
+        p, q = before, np.maximum(after, 0.0)
+    else:
+        return
+    terms = p * (np.log(np.maximum(p, _TINY)) - np.log(np.maximum(q, _TINY)))
+    state.kl += float(np.nansum(terms))
+
+
+def _add_mismatch(state: _Output, before: NDArray[np.generic], count: int) -> None:
+    state.mismatches += count
+    state.errors.extend([1.0] * count)
+    if before.dtype.kind not in "OUS":
+        norm = float(np.sum(np.nan_to_num(before.astype(np.float64)) ** 2))
+        state.difference2 += norm
+        state.reference2 += norm
+
+
+def _finish(name: str, state: _Output) -> OutputFidelity:
+    quantiles = np.percentile(state.errors, (50, 90, 99, 100))
+    norms = np.sqrt(state.reference2 * state.candidate2)
+    classes = state.kind != "values" and state.rows > 0
+    return OutputFidelity(
+        name=name,
+        kind=state.kind,
+        samples=len(state.errors),
+        max_absolute=state.largest,
+        mean_absolute=state.absolute / max(state.elements, 1),
+        relative=_ratio(state.difference2, state.reference2),
+        cosine=min(1.0, state.dot / norms) if norms > 0 else float(state.reference2 == state.candidate2),
+        percentiles=dict(zip(("50", "90", "99", "100"), map(float, quantiles), strict=True)),
+        kl=max(0.0, state.kl / state.rows) if classes and state.kind != "scores" else None,
+        top1_agreement=state.agreed / state.rows if classes else None,
+        shape_mismatches=state.mismatches,
+        non_finite_reference=state.non_finite_reference,
+        non_finite_new=state.non_finite_new,
+    )
+
+
+def _ratio(difference2: float, reference2: float) -> float:
+    """sqrt(difference2 / reference2); 0 where both vanish, and never infinite, as JSON has no such number."""
+    return float(np.sqrt(difference2) / max(np.sqrt(reference2), _TINY))
+
+
+def _is_distribution(array: NDArray[np.float64]) -> bool:
+    with np.errstate(invalid="ignore"):
+        sums = array.sum(axis=-1)
+        return bool(array.size) and bool((array >= 0).all() and (np.abs(sums - 1) <= _SUM_TOLERANCE).all())
+
+
+def _softmax(rows: Rows) -> Rows:
+    with np.errstate(invalid="ignore"):
+        exponentials = np.exp(rows - rows.max(axis=1, keepdims=True))
+        return exponentials / exponentials.sum(axis=1, keepdims=True)

@@ -1,0 +1,213 @@
+"""The finished file, opened again from disk: timed against the original, compared, weighed, and told in a report."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from onnx_lowrank.accuracy import evaluate
+from onnx_lowrank.goals import KeepMacs, KeepParams, LatencyMs, MaxError, Speedup
+from onnx_lowrank.graph import io
+from onnx_lowrank.graph.keys import keyed_nodes
+from onnx_lowrank.graph.size import parameters
+from onnx_lowrank.latency.machine import processor
+from onnx_lowrank.metrics import estimate, paired_difference
+from onnx_lowrank.progress import Phases
+from onnx_lowrank.report.build import layer_rows
+from onnx_lowrank.report.model import Accuracy, Dropped, GoalRow, Latency, Report, Size
+from onnx_lowrank.runtime import versions
+from onnx_lowrank.search.analysis import Analysis, Source
+from onnx_lowrank.search.bisection import first_difference
+from onnx_lowrank.search.loop import GOAL_SHARE
+from onnx_lowrank.search.survey import survey
+from onnx_lowrank.settings import Settings
+from onnx_lowrank.validation import Validation, compare
+
+
+def assemble(analysis: Analysis, settings: Settings, path: Path, phases: Phases) -> Report:
+    """Write the best model found to `path`, check it, and measure everything the report says from that file.
+
+    Raises:
+        InvalidResultError: if the checker refuses the file, its signature changed, it gives NaN where the original does
+            not, or it misses the error limit that was asked for.
+    """
+    best = analysis.outcome.best
+    with phases.phase("write"):
+        analysis.bench.realise(best.plan, path.name)
+    with phases.phase("validate"):
+        limit = settings.goal.value if _limits_error(settings) else None
+        source = analysis.source
+        found = compare(source.path, path, settings.target, source.data, limit, seed=settings.seed)
+        bisected = first_difference(analysis, settings) if settings.bisect else None
+        found.require_valid()
+    with phases.phase("profile"):
+        latency = _latency(analysis, path)
+    with phases.phase("evaluate"):
+        accuracy = _accuracy(source, path, settings)
+    with phases.phase("count"):
+        size = _size(analysis, path)
+    return Report(
+        model={"path": str(source.path), "sha256": source.sha256, "opset": analysis.ready.survey.graph.opset},
+        target=_target(settings),
+        goal=_goal(settings, analysis, latency, found),
+        layers=layer_rows(
+            analysis.rows,
+            analysis.ready.survey.kept,
+            best.chosen,
+            _names(analysis),
+            by_time=not isinstance(settings.goal, KeepMacs | KeepParams),
+        ),
+        latency=latency,
+        fidelity=_fidelity(found),
+        accuracy=accuracy,
+        size=size,
+        timings={name: round(seconds, 3) for name, seconds in phases.seconds.items()},
+        peak_rss_mib=_peak_rss_mib(),
+        dropped=tuple(
+            Dropped(drop.layer.key, drop.chain.method if drop.chain else "keep", drop.reason)
+            for drop in analysis.timer.dropped
+        ),
+        environment={
+            "versions": versions(),
+            "cpu": processor().model,
+            "cores": os.cpu_count(),
+            "os": platform.platform(),
+            "provider": settings.target.provider,
+            "provider_options": dict(settings.target.provider_options),
+        },
+        passes=tuple(
+            {
+                "name": record.name,
+                "options": {key: str(value) for key, value in record.options.items() if key != "plan"},
+                "modified": record.modified,
+                "seconds": round(record.seconds, 4),
+                "notes": [f"{note.node}: {note.text}" for note in record.notes],
+            }
+            for record in (*analysis.ready.records, best.record)
+        ),
+        notes=(*analysis.ready.notes, *found.notes),
+        bisect=bisected,
+        calibration=_calibration(source),
+        chains_timed=analysis.timer.timed,
+    )
+
+
+def _limits_error(settings: Settings) -> bool:
+    return isinstance(settings.goal, MaxError)
+
+
+def _latency(analysis: Analysis, path: Path) -> Latency:
+    racer = analysis.bench.racer
+    final = racer.best_level(path)
+    race = racer.race([analysis.ready.original, analysis.ready.normalized, final], 1.5 * racer.seconds)
+    speedup, low_rank = race.ratio(0, 2), race.ratio(1, 2)
+    before, normalized, after = (timing.median_ms for timing in race.timings)
+    levels = {
+        "before": analysis.ready.original.level,
+        "normalized": analysis.ready.normalized.level,
+        "after": final.level,
+    }
+    predicted = analysis.outcome.best.predicted_ms
+    assert predicted is not None  # noqa: S101 - every attempt carries its prediction
+    return Latency(
+        before_ms=before,
+        normalized_ms=normalized,
+        after_ms=after,
+        predicted_ms=predicted,
+        speedup=speedup.value,
+        low_rank_speedup=low_rank.value,
+        ci95=(speedup.low, speedup.high),
+        low_rank_ci95=(low_rank.low, low_rank.high),
+        samples=race.rounds,
+        disturbed=race.disturbed,
+        levels=levels,
+    )
+
+
+def _accuracy(source: Source, path: Path, settings: Settings) -> Accuracy | None:
+    if source.labelled is None:
+        return None
+    before = evaluate(source.path, source.labelled, settings.metric, settings.target)
+    after = evaluate(path, source.labelled, settings.metric, settings.target)
+    old, new = estimate(before, settings.seed), estimate(after, settings.seed)
+    change = paired_difference(before, after, settings.seed)
+    return Accuracy(
+        metric=settings.metric,
+        before=old.value,
+        after=new.value,
+        ci95=(change.low, change.high),
+        ci95_before=(old.low, old.high),
+        ci95_after=(new.low, new.high),
+        samples=len(source.labelled),
+    )
+
+
+def _size(analysis: Analysis, path: Path) -> Size:
+    source = analysis.source
+    original, optimized = io.load(source.path), io.load(path)
+    before = analysis.ready.survey.macs
+    after = survey(optimized, analysis.bench.racer, path.parent).macs
+    return Size(parameters(original), parameters(optimized), before, after, _bytes(source.path), _bytes(path))
+
+
+def _goal(settings: Settings, analysis: Analysis, latency: Latency, found: Validation) -> GoalRow:
+    goal, outcome = settings.goal, analysis.outcome
+    reached, reason = outcome.reached, outcome.reason
+    match goal:
+        case Speedup():
+            reached = latency.ci95[0] >= GOAL_SHARE * goal.value
+            reason = f"{latency.speedup:.3f}x measured, 95 % interval {latency.ci95[0]:.3f} to {latency.ci95[1]:.3f}"
+        case LatencyMs():
+            reached = latency.after_ms <= goal.value / GOAL_SHARE
+            reason = f"{latency.after_ms:.3g} ms measured"
+        case MaxError():
+            reason = f"relative error {found.relative_error:.3g} on {found.samples} {found.data} samples; {reason}"
+        case _:
+            pass
+    if not reached and outcome.reason not in reason:
+        reason = f"{reason}; {outcome.reason}"
+    return GoalRow(goal.kind, goal.value, reached, reason)
+
+
+def _fidelity(found: Validation) -> dict[str, object]:
+    first = found.outputs[0] if found.outputs else None
+    return {
+        "relative_error": found.relative_error,
+        "cosine": first.cosine if first else None,
+        "kl": first.kl if first else None,
+        "top1_agreement": first.top1_agreement if first else None,
+        "samples": found.samples,
+        "data": found.data,
+        "engine": found.engine,
+        "outputs": [output.to_dict() for output in found.outputs],
+    }
+
+
+def _target(settings: Settings) -> dict[str, object]:
+    fields = asdict(settings.target)
+    fields["shapes"] = [
+        {"shapes": {name: list(shape) for name, shape in entry.shapes.items()}, "weight": entry.weight}
+        for entry in settings.target.shapes
+    ]
+    return fields
+
+
+def _names(analysis: Analysis) -> dict[str, str]:
+    return {key: node.name or key for _, node, key in keyed_nodes(analysis.ready.survey.graph)}
+
+
+def _calibration(source: Source) -> str:
+    return "data-free" if source.data is None else f"data-free, reported on {len(source.data)} given samples"
+
+
+def _bytes(path: Path) -> int:
+    return sum(part.stat().st_size for part in (path, path.with_name(path.name + ".data")) if part.exists())
+
+
+def _peak_rss_mib() -> float:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (1 << 20 if sys.platform == "darwin" else 1 << 10), 1)

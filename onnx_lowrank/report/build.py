@@ -1,0 +1,103 @@
+"""From what the search found to the rows of the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from onnx_lowrank.candidates import Candidate
+from onnx_lowrank.layer import Kept, Layer
+from onnx_lowrank.report.model import LayerRow
+from onnx_lowrank.search.table import Row
+
+
+def layer_rows(
+    rows: Sequence[Row], kept: Sequence[Kept], chosen: Sequence[Candidate], names: Mapping[str, str], *, by_time: bool
+) -> tuple[LayerRow, ...]:
+    """One row per weight-bearing node, in graph order.
+
+    Args:
+        rows: The candidate table.
+        kept: Nodes that were never candidates.
+        chosen: The choice for every factorable layer.
+        names: Node key -> the name the user knows, in graph order.
+        by_time: Whether a chain had to be faster than its layer.
+    """
+    choices = {candidate.key: candidate for candidate in chosen}
+    found: dict[str, LayerRow] = {entry.key: _kept_row(entry) for entry in kept}
+    for row in rows:
+        choice = choices.get(row.layer.key, row.keep)
+        for node in row.layer.nodes:
+            found[node] = _layer_row(row, choice, names.get(node, node), by_time=by_time)
+    order = {key: position for position, key in enumerate(names)}
+    return tuple(found[key] for key in sorted(found, key=lambda key: order.get(key, len(order))))
+
+
+def _kept_row(kept: Kept) -> LayerRow:
+    return LayerRow(
+        name=kept.node,
+        op=kept.op,
+        shape=kept.shape,
+        decision="kept",
+        method="keep",
+        rank=(),
+        reason=kept.reason,
+        error=0.0,
+        params_before=kept.params,
+        params_after=kept.params,
+        macs_before=kept.macs,
+        macs_after=kept.macs,
+        latency_ms_before=None,
+        latency_ms_after=None,
+    )
+
+
+def _layer_row(row: Row, choice: Candidate, name: str, *, by_time: bool) -> LayerRow:
+    layer, share = row.layer, 1 / len(row.layer.nodes)
+    before, after = row.keep.ms, choice.ms
+    return LayerRow(
+        name=name,
+        op=layer.form.op,
+        shape=str(layer.shape),
+        decision="kept" if choice.chain is None else "factorized",
+        method=choice.method,
+        rank=choice.rank,
+        reason=_reason(row, choice, by_time=by_time),
+        error=choice.error,
+        params_before=layer.shape.params,
+        params_after=choice.params,
+        macs_before=layer.macs * share,
+        macs_after=choice.macs * share,
+        latency_ms_before=None if before is None else before * share,
+        latency_ms_after=None if after is None else after * share,
+        predicted_loss=choice.loss,
+    )
+
+
+def _reason(row: Row, choice: Candidate, *, by_time: bool) -> str:
+    shared = f"; weight shared by {len(row.layer.nodes)} nodes" if len(row.layer.nodes) > 1 else ""
+    if choice.chain is not None:
+        return f"{_times(choice, row.keep)}, weight error {choice.error:.3g}{shared}"
+    if not row.factorable:
+        return "; ".join(f"{method}: {why}" for method, why in row.refusals.items()) or refusal_of(row.layer)
+    timed = [option for option in row.options[1:] if option.ms is not None]
+    if not timed:
+        return f"none of its {len(row.options) - 1} chains could be timed{shared}"
+    best = min(timed, key=lambda option: option.ms or 0.0)
+    if by_time and (best.ms or 0.0) >= (row.keep.ms or 0.0):
+        return f"no chain was measured faster: {_named(best)} is the best with {_times(best, row.keep)}{shared}"
+    return f"better kept: the goal costs less elsewhere ({_named(best)}: {_times(best, row.keep)}){shared}"
+
+
+def refusal_of(layer: Layer) -> str:
+    """The sentence for a layer that every method accepts and none has a useful rank for."""
+    return f"{layer.shape} is too small: no chain on this machine's channel grid has fewer weights"
+
+
+def _named(option: Candidate) -> str:
+    return f"{option.method} at rank {'x'.join(map(str, option.rank))}"
+
+
+def _times(option: Candidate, keep: Candidate) -> str:
+    if option.ms is None or keep.ms is None:
+        return f"{option.macs / keep.macs:.2f} of the MACs"
+    return f"{keep.ms:.3g} -> {option.ms:.3g} ms"

@@ -1,0 +1,160 @@
+"""The report: what `report.json` holds, field by field (schema 1). Every figure is taken from the files on disk."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from onnx_lowrank.errors import InputError
+from onnx_lowrank.graph.io import write_text
+from onnx_lowrank.search.bisection import Blame
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One weight-bearing node: the decision and the reason in words. Latencies are per run of the model."""
+
+    name: str
+    op: str
+    shape: str
+    decision: str
+    method: str
+    rank: tuple[int, ...]
+    reason: str
+    error: float
+    params_before: int
+    params_after: int
+    macs_before: float
+    macs_after: float
+    latency_ms_before: float | None
+    latency_ms_after: float | None
+    source: str = "measured"
+    error_refit: float | None = None
+    predicted_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class GoalRow:
+    """The goal, and whether the finished model reached it."""
+
+    kind: str
+    value: float
+    reached: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds per run, median; the three models timed in turns, each at its best optimization level.
+
+    Args:
+        before_ms: The original.
+        normalized_ms: After the exact rewrites, before any factorization.
+        after_ms: The optimized model.
+        predicted_ms: What the search expected of the optimized model before it was first timed.
+        speedup: before / after, median of the ratios of neighbouring runs.
+        low_rank_speedup: normalized / after, likewise.
+        ci95: 95 % interval of `speedup`.
+        low_rank_ci95: 95 % interval of `low_rank_speedup`.
+        samples: Rounds of paired runs.
+        disturbed: Whether other load was noticed while timing.
+        levels: Best optimization level of each model.
+    """
+
+    before_ms: float
+    normalized_ms: float
+    after_ms: float
+    predicted_ms: float
+    speedup: float
+    low_rank_speedup: float
+    ci95: Interval
+    low_rank_ci95: Interval
+    samples: int
+    disturbed: bool
+    levels: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Size:
+    """Parameters, multiply-accumulates per run and bytes on disk, counted in the two files."""
+
+    params_before: int
+    params_after: int
+    macs_before: float
+    macs_after: float
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Task metric before and after on the labelled samples of --eval."""
+
+    metric: str
+    before: float
+    after: float
+    ci95: Interval
+    ci95_before: Interval
+    ci95_after: Interval
+    samples: int
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A candidate that could not be timed or realised."""
+
+    layer: str
+    candidate: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that was found out; `to_json` is report.json."""
+
+    model: dict[str, Any]
+    target: dict[str, Any]
+    goal: GoalRow
+    layers: tuple[LayerRow, ...]
+    latency: Latency | None
+    fidelity: dict[str, Any]
+    accuracy: Accuracy | None
+    size: Size
+    timings: dict[str, float]
+    peak_rss_mib: float
+    dropped: tuple[Dropped, ...]
+    environment: dict[str, Any]
+    passes: tuple[dict[str, Any], ...]
+    notes: tuple[str, ...] = ()
+    bisect: Blame | None = None
+    calibration: str = "data-free"
+    training: str = "none"
+    chains_timed: int = 0
+    schema: int = field(default=1)
+
+    @property
+    def factorized(self) -> int:
+        """Number of nodes that were rewritten."""
+        return sum(row.decision == "factorized" for row in self.layers)
+
+    def to_json(self) -> str:
+        """The report as JSON."""
+        return json.dumps(asdict(self), indent=1, allow_nan=False, default=str) + "\n"
+
+    def write(self, folder: Path) -> Path:
+        """Write `report.json` into `folder`, which is made if needed.
+
+        Raises:
+            InputError: if it cannot be written.
+        """
+        path = folder / "report.json"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{folder} ({error.strerror})", "a folder for the report", "choose another") from error
+        write_text(path, self.to_json())
+        return path

@@ -1,0 +1,122 @@
+"""The report as a person reads it: what each layer became and why, then before and after."""
+
+from __future__ import annotations
+
+from rich.console import Console, Group
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from onnx_lowrank.report.model import LayerRow, Report
+
+CHAIN_COLUMNS = ("layer", "op", "shape", "became", "rank", "error", "MACs", "ms", "why")
+
+
+def show(report: Report, console: Console) -> None:
+    """Print the report."""
+    console.print(_layers(report))
+    console.print()
+    console.print(_summary(report))
+    console.print(_closing(report))
+
+
+def _layers(report: Report) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in CHAIN_COLUMNS:
+        numeric = name in {"error", "MACs", "ms"}
+        table.add_column(name, justify="right" if numeric else "left", overflow="fold", no_wrap=numeric)
+    for row in report.layers:
+        done = row.decision == "factorized"
+        table.add_row(
+            escape(row.name),
+            row.op,
+            row.shape,
+            Text(row.method, style="green") if done else Text("kept", style="dim"),
+            "x".join(map(str, row.rank)),
+            f"{row.error:.3f}" if done else "",
+            f"{row.macs_after / row.macs_before:.2f}" if done and row.macs_before else "",
+            _before_after(row.latency_ms_before, row.latency_ms_after) if done else "",
+            Text(_why(row), style="" if done else "dim"),
+        )
+    return table
+
+
+def _why(row: LayerRow) -> str:
+    """The reason without the figures that have columns of their own."""
+    return "" if row.decision == "factorized" and ";" not in row.reason else row.reason.rpartition("; ")[2]
+
+
+def _summary(report: Report) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("", "before", "after", "change", "95 % interval"):
+        table.add_column(name, justify="left" if not name else "right")
+    if report.latency is not None:
+        time, low = report.latency, report.latency.low_rank_ci95
+        table.add_row(
+            "latency (ms)", f"{time.before_ms:.3f}", f"{time.after_ms:.3f}", f"{time.speedup:.2f}x", _span(time.ci95)
+        )
+        table.add_row(
+            "  of it low rank",
+            f"{time.normalized_ms:.3f}",
+            f"{time.after_ms:.3f}",
+            f"{time.low_rank_speedup:.2f}x",
+            _span(low),
+        )
+        table.add_row("  predicted", "", f"{time.predicted_ms:.3f}", "", "")
+    if report.accuracy is not None:
+        score = report.accuracy
+        table.add_row(
+            f"{score.metric} ({score.samples} samples)",
+            f"{score.before:.4f}",
+            f"{score.after:.4f}",
+            f"{score.after - score.before:+.4f}",
+            _span(score.ci95, signed=True),
+        )
+    size = report.size
+    for name, before, after in (
+        ("parameters", size.params_before, size.params_after),
+        ("MACs", size.macs_before, size.macs_after),
+        ("file (bytes)", size.bytes_before, size.bytes_after),
+    ):
+        table.add_row(name, f"{before:,.0f}", f"{after:,.0f}", f"{after / before:.2f}" if before else "", "")
+    return table
+
+
+def _closing(report: Report) -> Group:
+    goal, fidelity = report.goal, report.fidelity
+    verdict = Text("goal reached" if goal.reached else "goal NOT reached", style="green" if goal.reached else "red")
+    lines = [
+        verdict.append(f": {goal.kind} {goal.value:g}; {goal.reason}", style="default"),
+        Text(
+            f"relative error of the outputs {fidelity['relative_error']:.3g} on {fidelity['samples']} "
+            f"{fidelity['data']} samples; {report.calibration}; training: {report.training}"
+        ),
+        Text(
+            f"{report.factorized} of {len(report.layers)} weight-bearing nodes factorized; {report.chains_timed} chains "
+            f"timed on {report.environment['cpu']}, {report.target['threads']} thread(s), "
+            f"provider {report.environment['provider']}; {sum(report.timings.values()):.0f} s, "
+            f"{report.peak_rss_mib:.0f} MiB"
+        ),
+    ]
+    if report.latency is not None and report.latency.disturbed:
+        lines.append(Text("the machine was busy while timing: take the intervals seriously", style="yellow"))
+    if report.bisect is not None:
+        blame = report.bisect
+        what = f"{blame.node}: {blame.rewrite}" if blame.node else blame.rewrite
+        lines.append(
+            Text(
+                f"bisect: {what} takes the error from {blame.error_before:.3g} to {blame.error_after:.3g} "
+                f"(tolerance {blame.tolerance:g})"
+            )
+        )
+    lines.extend(Text(f"note: {note}", style="yellow") for note in report.notes)
+    return Group(*lines)
+
+
+def _before_after(before: float | None, after: float | None) -> str:
+    return "" if before is None or after is None else f"{before:.3g} -> {after:.3g}"
+
+
+def _span(interval: tuple[float, float], *, signed: bool = False) -> str:
+    low, high = interval
+    return f"{low:+.4f} to {high:+.4f}" if signed else f"{low:.2f} to {high:.2f}"

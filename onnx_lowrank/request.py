@@ -1,0 +1,68 @@
+"""From what the user wrote, on the command line and in a recipe, to `Settings`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import fields, replace
+
+from onnx_lowrank.allocators import ALLOCATORS
+from onnx_lowrank.errors import InputError
+from onnx_lowrank.goals import GOALS, one_goal
+from onnx_lowrank.metrics import metric_named
+from onnx_lowrank.recipe import Recipe
+from onnx_lowrank.settings import Settings
+from onnx_lowrank.target import Target, parse_shapes
+
+
+def merged(given: Recipe, recipe: Recipe) -> Recipe:
+    """The options given, and those of the recipe where none is given. A goal given replaces the recipe's goal."""
+    goals = {goal.kind.replace("-", "_") for goal in GOALS}
+    if any(getattr(given, name) is not None for name in goals):
+        recipe = replace(recipe, **dict.fromkeys(goals))
+    chosen = {f.name: getattr(given, f.name) for f in fields(Recipe) if getattr(given, f.name) is not None}
+    return replace(recipe, **chosen)
+
+
+def settings_of(asked: Recipe, provider_options: Iterable[str] = ()) -> Settings:
+    """Settings with defaults where nothing was asked for.
+
+    Raises:
+        InputError: for contradictory goals, or a value outside its range.
+    """
+    goal = one_goal({goal.kind: getattr(asked, goal.kind.replace("-", "_")) for goal in GOALS})
+    target = Target(
+        provider=asked.provider or "cpu",
+        threads=asked.threads or 0,
+        shapes=parse_shapes(asked.shape or ()),
+        provider_options=dict(_option(text) for text in provider_options),
+        allow_fallback=bool(asked.allow_fallback),
+    )
+    plain = Settings(goal=goal, target=target)
+    named = ("calibration", "eval", "metric", "passes", "allocator", "of", "only", "keep", "seed", "time_limit")
+    more = ("memory_limit", "bisect")
+    chosen = {name: getattr(asked, name) for name in (*named, *more) if getattr(asked, name) is not None}
+    settings = replace(plain, **chosen)
+    _check(settings)
+    return settings
+
+
+def _option(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise InputError(f"--provider-option {text}", "name=value", "write it like that")
+    return name, value
+
+
+def _check(settings: Settings) -> None:
+    if settings.allocator not in ALLOCATORS:
+        known = ", ".join(ALLOCATORS)
+        raise InputError(f"--allocator {settings.allocator}", f"one of {known}", "name one of these")
+    if settings.of not in {"all", "factorable"}:
+        raise InputError(f"--of {settings.of}", "all or factorable", "name one of these")
+    if settings.seed < 0:
+        raise InputError(f"--seed {settings.seed}", "0 or more", "give another number")
+    if settings.time_limit is not None and not settings.time_limit > 0:
+        raise InputError(f"--time-limit {settings.time_limit:g}", "a positive number of seconds", "give another number")
+    if settings.memory_limit <= 0:
+        raise InputError(f"--memory-limit {settings.memory_limit}", "a positive number of bytes", "give another number")
+    metric_named(settings.metric)

@@ -1,1 +1,0 @@
-"""Reserved for the room of this name; see CONTRIBUTING."""

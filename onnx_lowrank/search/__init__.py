@@ -1,0 +1,1 @@
+"""From a goal to a finished model: survey the layers, tabulate what they could become, allocate, realise, measure."""

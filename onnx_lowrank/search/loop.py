@@ -1,0 +1,213 @@
+"""Closing the loop: allocate, realise, measure, correct the prediction, allocate again; a few rounds at most."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from onnx_lowrank.allocators import Allocator
+from onnx_lowrank.candidates import Candidate, Cost
+from onnx_lowrank.goals import Goal, KeepMacs, KeepParams, LatencyMs, Speedup
+from onnx_lowrank.latency.measure import Paired
+from onnx_lowrank.pass_manager import PassRecord
+from onnx_lowrank.plan import Plan
+from onnx_lowrank.search.bench import Bench
+from onnx_lowrank.search.prediction import Prediction
+from onnx_lowrank.search.racer import Contestant
+
+logger = logging.getLogger(__name__)
+ROUNDS = 5
+ERROR_PROBES = 8
+# A speed goal counts as reached when the lower 95 % bound is at least this share of it.
+GOAL_SHARE = 0.98
+# Aim this much beyond a speed goal: a model that lands exactly on it misses by noise half of the time.
+AIM = 1.02
+# Faster than the goal by more than this is accuracy given away: try again with the corrected prediction.
+OVERSHOOT = 1.05
+
+
+@dataclass(frozen=True, eq=False)
+class Attempt:
+    """A finished model and what was found out about it.
+
+    Args:
+        chosen: One candidate per factorable layer.
+        plan: The same, to be written down.
+        path: The file.
+        record: What the factor pass did.
+        predicted_ms: Fixed before the model was first timed.
+        level: Optimization level it was timed at.
+        race: Original, normalized and this model in turns; None where time does not decide.
+        error: Relative error of the outputs where the goal limits it.
+    """
+
+    chosen: tuple[Candidate, ...]
+    plan: Plan
+    path: Path
+    record: PassRecord
+    predicted_ms: float | None
+    level: str = "all"
+    race: Paired | None = None
+    error: float | None = None
+
+    @property
+    def loss(self) -> float:
+        """Predicted damage."""
+        return sum(candidate.loss for candidate in self.chosen)
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """The best attempt, whether it reached the goal, and why, in words."""
+
+    best: Attempt
+    reached: bool
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Loop:
+    """One search.
+
+    Args:
+        bench: Realises and times.
+        prediction: The priced table.
+        allocator: The rank rule.
+        original: The user's model at its best level.
+        normalized: The model before factorization, likewise.
+        plan_of: Makes the plan of a choice.
+        error_of: Relative error of a file's outputs against the original's.
+    """
+
+    bench: Bench
+    prediction: Prediction
+    allocator: Allocator
+    original: Contestant
+    normalized: Contestant
+    plan_of: Callable[[Sequence[Candidate]], Plan]
+    error_of: Callable[[Path], float]
+
+    def run(self, goal: Goal, of_total: float, factorable: float) -> Outcome:
+        """Search for the best model that reaches `goal`.
+
+        Args:
+            goal: The goal.
+            of_total: For goals of size: what its share is a share of.
+            factorable: For goals of size: how much of it the factorable layers hold.
+        """
+        match goal:
+            case Speedup() | LatencyMs():
+                return self._fast_enough(goal)
+            case KeepMacs() | KeepParams():
+                return self._small_enough(goal, of_total, factorable)
+            case _:
+                return self._faithful_enough(goal)
+
+    def _fast_enough(self, goal: Goal) -> Outcome:
+        prediction, attempts = self.prediction, list[Attempt]()
+        wanted = self._wanted(goal, self.bench.racer.race([self.original, self.normalized]))
+        for _ in range(ROUNDS):
+            chosen = self.allocator(prediction.problem("ms", wanted / AIM))
+            if any(same(chosen, old.chosen) for old in attempts):
+                break
+            attempt = self.timed(self._attempt(chosen, prediction))
+            attempts.append(attempt)
+            measured = _scaled(attempt, prediction)
+            logger.info("predicted %.3f ms, measured %.3f ms", attempt.predicted_ms or 0.0, measured)
+            wanted = self._wanted(goal, attempt.race)
+            reached, excess = _standing(goal, attempt)
+            if (reached and excess <= OVERSHOOT) or self.bench.late:
+                break
+            prediction = prediction.learned(chosen, measured)
+        return self._pick(goal, attempts)
+
+    def _wanted(self, goal: Goal, race: Paired | None) -> float:
+        """Latency the model must have, on the scale of the prediction."""
+        if race is None or isinstance(goal, LatencyMs):
+            return goal.value
+        # In ratios: the machine may run at another speed now than when the table was priced.
+        return self.prediction.normalized_ms * race.ratio(0, 1).value / goal.value
+
+    def _pick(self, goal: Goal, attempts: Sequence[Attempt]) -> Outcome:
+        reached = [attempt for attempt in attempts if _standing(goal, attempt)[0]]
+        if reached:
+            best = min(reached, key=lambda attempt: attempt.loss)
+            return Outcome(best, reached=True, reason="measured")
+        best = max(attempts, key=lambda attempt: _standing(goal, attempt)[1])
+        speed = best.race.ratio(0, 2) if best.race else None
+        limit = f"the fastest choice of all layers is predicted at {self.prediction.fastest_ms():.3g} ms"
+        return Outcome(best, reached=False, reason=f"best found: {speed} as fast as the original; {limit}")
+
+    def _small_enough(self, goal: Goal, of_total: float, factorable: float) -> Outcome:
+        cost: Cost = "macs" if isinstance(goal, KeepMacs) else "params"
+        budget = goal.value * of_total - (of_total - factorable)
+        problem = self.prediction.problem(cost, budget)
+        chosen = self.allocator(problem)
+        reached = problem.total(chosen) <= budget * (1 + 1e-9)
+        kept = (problem.total(chosen) + of_total - factorable) / of_total
+        attempt = self._attempt(chosen, self.prediction)
+        return Outcome(attempt, reached, f"{kept:.3f} of the {cost} remain")
+
+    def _faithful_enough(self, goal: Goal) -> Outcome:
+        """Bisect on the predicted latency for the fastest model whose measured error is within the limit."""
+        slow, fast = self.prediction.normalized_ms, self.prediction.fastest_ms()
+        best, found = self._attempt(self._keep_all(), self.prediction), list[Attempt]()
+        for wanted in _bisection(fast, slow, lambda: bool(found) and (found[-1].error or 0.0) <= goal.value):
+            chosen = self.allocator(self.prediction.problem("ms", wanted))
+            if self.bench.late:
+                break
+            attempt = self._attempt(chosen, self.prediction)
+            found.append(replace(attempt, error=self.error_of(attempt.path)))
+            logger.info("at %.3f ms: relative error %.4g", wanted, found[-1].error)
+            if (found[-1].error or 0.0) <= goal.value:
+                best = found[-1]
+        if not any(candidate.chain for candidate in best.chosen):
+            return Outcome(best, reached=True, reason="no rewrite stays within the limit: every layer is kept")
+        return Outcome(best, reached=True, reason=f"relative error {best.error:.4g} is within {goal.value:g}")
+
+    def _keep_all(self) -> tuple[Candidate, ...]:
+        return tuple(options[0] for options in self.prediction.problem("params", 0.0).layers)
+
+    def _attempt(self, chosen: Sequence[Candidate], prediction: Prediction) -> Attempt:
+        plan = self.plan_of(chosen)
+        path, record = self.bench.realise(plan)
+        return Attempt(tuple(chosen), plan, path, record, prediction.ms(chosen))
+
+    def timed(self, attempt: Attempt) -> Attempt:
+        """The attempt with original, normalized and its model run in turns."""
+        final = self.bench.racer.best_level(attempt.path)
+        return replace(attempt, level=final.level, race=self.bench.racer.race([self.original, self.normalized, final]))
+
+
+def same(a: Sequence[Candidate], b: Sequence[Candidate]) -> bool:
+    """Whether two choices write the same model."""
+    return [(c.key, c.method, c.rank) for c in a] == [(c.key, c.method, c.rank) for c in b]
+
+
+def _scaled(attempt: Attempt, prediction: Prediction) -> float:
+    """Measured latency on the scale of the prediction: the machine's speed drifts, ratios hold."""
+    assert attempt.race is not None  # noqa: S101 - only timed attempts come here
+    return prediction.normalized_ms / attempt.race.ratio(1, 2).value
+
+
+def _standing(goal: Goal, attempt: Attempt) -> tuple[bool, float]:
+    """Whether a timed attempt reaches a speed goal, and its lower bound as a multiple of the goal."""
+    assert attempt.race is not None  # noqa: S101 - only timed attempts come here
+    if isinstance(goal, Speedup):
+        share = attempt.race.ratio(0, 2).low / goal.value
+    else:
+        share = goal.value / attempt.race.timings[2].ci95_ms[1]
+    return share >= GOAL_SHARE, share
+
+
+def _bisection(low: float, high: float, good: Callable[[], bool]) -> Iterator[float]:
+    """Midpoints between `low` and `high`, lower after a good one; the lowest first: it may already do."""
+    yield low
+    if good():
+        return
+    for _ in range(ERROR_PROBES - 1):
+        middle = (low + high) / 2
+        yield middle
+        low, high = (low, middle) if good() else (middle, high)

@@ -1,0 +1,73 @@
+"""Predicted latency of a choice, and the correction that measured models teach it.
+
+    t(choice) = t_normalized + sum over rewritten layers (kappa t_chain - t_layer)
+
+with chains and layers timed alone. Chains timed alone look too fast where the whole model runs out of cache, so kappa,
+1 at first, is solved for after every finished model and the allocation is done again with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from onnx_lowrank.candidates import Candidate, Cost, Problem
+from onnx_lowrank.search.table import Row
+
+KAPPA_RANGE = (0.5, 3.0)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a choice is expected to take.
+
+    Args:
+        rows: The priced table.
+        normalized_ms: Measured latency of the model before factorization.
+        kappa: Correction of chain latencies.
+    """
+
+    rows: Sequence[Row]
+    normalized_ms: float
+    kappa: float = 1.0
+
+    def ms(self, chosen: Sequence[Candidate]) -> float:
+        """Predicted latency of the model."""
+        gain, chains = self._sums(chosen)
+        return self.normalized_ms - gain + self.kappa * chains
+
+    def learned(self, chosen: Sequence[Candidate], measured_ms: float) -> Prediction:
+        """With kappa such that the prediction of `chosen` would have been right."""
+        gain, chains = self._sums(chosen)
+        if chains <= 0:
+            return self
+        kappa = (measured_ms - self.normalized_ms + gain) / chains
+        return replace(self, kappa=min(max(kappa, KAPPA_RANGE[0]), KAPPA_RANGE[1]))
+
+    def problem(self, cost: Cost, wanted: float) -> Problem:
+        """The allocation problem whose solutions are predicted to end at `wanted` or below.
+
+        For milliseconds `wanted` is the latency of the whole model, and only chains faster than their layer are
+        options; otherwise it is what the factorable layers may sum up to.
+        """
+        factorable = [row for row in self.rows if row.factorable]
+        if cost != "ms":
+            return Problem(tuple(row.options for row in factorable), cost, wanted)
+        options = tuple(self._faster(row) for row in factorable)
+        dense = sum(row.keep.cost("ms") for row in factorable)
+        return Problem(options, cost, wanted - self.normalized_ms + dense)
+
+    def fastest_ms(self) -> float:
+        """Predicted latency when every layer takes its fastest option."""
+        return self.ms(self.problem("ms", 0.0).cheapest())
+
+    def _faster(self, row: Row) -> tuple[Candidate, ...]:
+        dense = row.keep.cost("ms")
+        chains = [option.timed(self.kappa * option.cost("ms")) for option in row.options[1:]]
+        return (row.keep, *(option for option in chains if option.cost("ms") < dense))
+
+    def _sums(self, chosen: Sequence[Candidate]) -> tuple[float, float]:
+        raw = {(o.key, o.method, o.rank): o for row in self.rows for o in row.options}
+        dense = {row.layer.key: row.keep for row in self.rows}
+        changed = [raw[c.key, c.method, c.rank] for c in chosen if c.chain is not None]
+        return sum(dense[c.key].cost("ms") for c in changed), sum(c.cost("ms") for c in changed)

@@ -1,0 +1,84 @@
+"""Files run against each other in turns, on the target, on inputs of the target's shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from onnx_lowrank.graph import io, twin
+from onnx_lowrank.graph.model import Graph
+from onnx_lowrank.latency.measure import Paired
+from onnx_lowrank.latency.race import race
+from onnx_lowrank.signature import Feeds
+from onnx_lowrank.target import Target
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """Inputs of one shape, and how much that shape counts in the latency."""
+
+    feeds: Feeds
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A model file at one optimization level."""
+
+    path: Path
+    level: str
+
+
+@dataclass
+class Racer:
+    """Times model files.
+
+    Args:
+        target: Where to run.
+        samples: What to run on.
+        folder: For float32 twins.
+        as_float32: The provider has no kernels for the models' element types: their float32 twins run instead.
+        seconds: Budget of one race.
+    """
+
+    target: Target
+    samples: Sequence[Sample]
+    folder: Path
+    as_float32: bool = False
+    seconds: float = 8.0
+    _twins: dict[Path, Path] = field(default_factory=dict[Path, Path], init=False)
+
+    def best_level(self, path: Path) -> Contestant:
+        """The model at the optimization level it runs fastest at."""
+        levels = [Contestant(path, level) for level in self.target.levels]
+        if len(levels) == 1:
+            return levels[0]
+        timed = self.race(levels, self.seconds / 4)
+        return min(zip((t.median_ms for t in timed.timings), range(len(levels)), levels, strict=True))[2]
+
+    def race(self, contestants: Sequence[Contestant], seconds: float | None = None) -> Paired:
+        """Run the contestants in turns on every sample; milliseconds are weighted over the samples."""
+        entries = [(self.runnable(contestant.path), contestant.level) for contestant in contestants]
+        weighted = [(self.fed(sample), sample.weight) for sample in self.samples]
+        return race(entries, self.target, weighted, seconds or self.seconds)
+
+    def runnable(self, path: Path) -> Path:
+        """The file itself, or its float32 twin where the element types have no kernels."""
+        if not self.as_float32:
+            return path
+        if path not in self._twins:
+            made = self.folder / f"float32_{len(self._twins)}.onnx"
+            original = io.load(path)
+            io.save(Graph(twin.fp32_twin(original.to_proto(), original.folder), original.folder), made)
+            self._twins[path] = made
+        return self._twins[path]
+
+    def fed(self, sample: Sample) -> Feeds:
+        """The sample in the types `runnable` takes."""
+        if not self.as_float32:
+            return sample.feeds
+        floating = {name for name, array in sample.feeds.items() if array.dtype.kind not in "iubOUS"}
+        return {n: array.astype(np.float32) if n in floating else array for n, array in sample.feeds.items()}

@@ -1,0 +1,150 @@
+"""The candidate table: every layer decomposed by every method, thinned, and priced by measured latency."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from joblib import Parallel, delayed
+
+from onnx_lowrank.candidates import Candidate, candidate, keep, worth_timing
+from onnx_lowrank.decomposition import Decomposition, Factorization
+from onnx_lowrank.latency.chains import ChainTimer, Job
+from onnx_lowrank.layer import Array, Layer
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One layer of the table.
+
+    Args:
+        layer: The layer.
+        options: Its candidates, "keep" first.
+        refusals: Method -> the sentence why it has no candidates.
+    """
+
+    layer: Layer
+    options: tuple[Candidate, ...]
+    refusals: Mapping[str, str]
+
+    @property
+    def keep(self) -> Candidate:
+        """The candidate that leaves the layer alone."""
+        return self.options[0]
+
+    @property
+    def factorable(self) -> bool:
+        """Whether some method accepts the layer."""
+        return len(self.options) > 1
+
+
+@dataclass
+class FactorizationCache:
+    """Factorizations by (layer key, method), the least recently used ones forgotten beyond `limit_bytes`.
+
+    Holding them all would take several times the model: they are made again when a plan needs them.
+    """
+
+    limit_bytes: int
+    _held: OrderedDict[tuple[str, str], tuple[Factorization, int]] = field(
+        default_factory=OrderedDict[tuple[str, str], tuple[Factorization, int]]
+    )
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def held(self) -> Mapping[tuple[str, str], Factorization]:
+        """What is held now."""
+        with self._lock:
+            return {key: made for key, (made, _) in self._held.items()}
+
+    def get(self, layer: Layer, method: Decomposition, weight: Array | None = None) -> Factorization:
+        """The factorization of `layer` by `method`; `weight` saves reading it again."""
+        key = (layer.key, method.name)
+        with self._lock:
+            if key in self._held:
+                self._held.move_to_end(key)
+                return self._held[key][0]
+        made = method.factorize(layer.read() if weight is None else weight)
+        with self._lock:
+            # A factorization holds about the weight and its bases, in float64.
+            self._held[key] = (made, 16 * layer.shape.params)
+            while len(self._held) > 1 and sum(size for _, size in self._held.values()) > self.limit_bytes:
+                self._held.popitem(last=False)
+        return made
+
+
+def tabulate(
+    layers: Sequence[Layer],
+    methods: Sequence[Decomposition],
+    blocks: Mapping[str, int],
+    cache: FactorizationCache,
+    progress: Progress,
+    *,
+    exact_only: bool = False,
+) -> list[Row]:
+    """Decompose every layer by every method and keep the candidates worth timing.
+
+    Args:
+        layers: The layers.
+        methods: Allowed decompositions.
+        blocks: Channel block of this machine by operator kind, "conv" and "matmul".
+        cache: Receives the factorizations.
+        progress: Told how many layers are done.
+        exact_only: Only the ranks that reproduce the weight, for a check of the rewriting itself.
+    """
+    kinds = [blocks["conv" if layer.form.op == "Conv" else "matmul"] for layer in layers]
+    work = (delayed(_row)(layer, methods, kind, cache, exact_only) for layer, kind in zip(layers, kinds, strict=True))
+    rows: list[Row] = []
+    # Threads: LAPACK releases the interpreter, and eigh itself hardly gains from a second core.
+    done: Iterable[Row] = Parallel(n_jobs=min(2, os.cpu_count() or 1), backend="threading", return_as="generator")(work)  # pyright: ignore[reportAssignmentType] - joblib's stub says list of Any or None
+    for row in done:
+        rows.append(row)
+        progress(len(rows), len(layers))
+    return rows
+
+
+def _row(
+    layer: Layer,
+    methods: Sequence[Decomposition],
+    block: int,
+    cache: FactorizationCache,
+    exact_only: bool,  # noqa: FBT001
+) -> Row:
+    refusals = {m.name: sentence for m in methods if (sentence := m.refusal(layer.shape)) is not None}
+    accepted = [m for m in methods if m.name not in refusals]
+    if not accepted:
+        return Row(layer, (keep(layer),), refusals)
+    weight = layer.read()
+    options: list[Candidate] = []
+    for method in accepted:
+        exact = method.exact_rank(layer.shape)
+        ranks = ([exact] if exact else []) if exact_only else method.ranks(layer.shape, block)
+        if not ranks:
+            refusals[method.name] = f"no rank of {layer.shape} has fewer weights than the layer"
+            continue
+        made = cache.get(layer, method, weight)
+        options.extend(candidate(layer, method, made, rank, block) for rank in ranks)
+    chosen = options if exact_only else worth_timing(options)
+    return Row(layer, (keep(layer), *chosen), refusals)
+
+
+def price(rows: Sequence[Row], timer: ChainTimer, progress: Progress) -> list[Row]:
+    """Time every candidate of every row; those that cannot be timed are dropped (see `timer.dropped`)."""
+    jobs = [Job(row.layer, option.chain) for row in rows for option in row.options if row.factorable]
+    prices = iter(timer.price(jobs, progress))
+    priced: list[Row] = []
+    for row in rows:
+        if not row.factorable:
+            priced.append(row)
+            continue
+        timed = [(option, next(prices)) for option in row.options]
+        options = tuple(option.timed(ms) for option, ms in timed if ms is not None)
+        kept = options if options and options[0].chain is None else (row.keep,)
+        priced.append(Row(row.layer, kept, row.refusals))
+    return priced

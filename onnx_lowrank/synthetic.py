@@ -1,0 +1,176 @@
+"""Inputs drawn at random to fit a signature, for models without data; results on them are called synthetic.
+
+Real numbers are standard normal, masks are ones, indices stay small or within the bounds given. Dimensions the model
+leaves open are taken from the user's shapes, else guessed, and every guess is said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import TensorProto
+
+from onnx_lowrank.errors import InputError
+from onnx_lowrank.signature import TensorSpec
+from onnx_lowrank.target import Target
+
+Shape = tuple[int, ...]
+IMAGE_SIZE = 224
+OTHER_SIZE = 64
+_SAMPLE_RATE = 16_000
+_SEQUENCE_WORDS = ("seq", "time", "len", "frame", "token")
+
+
+def resolve_shapes(
+    signature: Sequence[TensorSpec],
+    given: Mapping[str, Shape],
+    image_size: int = IMAGE_SIZE,
+    other_size: int = OTHER_SIZE,
+) -> tuple[dict[str, Shape], list[str]]:
+    """A concrete shape for every input, and a note for each that had to be guessed.
+
+    Shapes given bind the symbols in them, so that one input's length holds for the others too. What stays open is 1 for
+    batches, `image_size` for the height and width of images (4-D with 1, 3 or an open number of channels), else
+    `other_size`.
+
+    Raises:
+        InputError: if `given` names an unknown input, has another rank, or contradicts a fixed dimension.
+    """
+    specs = {spec.name: spec for spec in signature}
+    bound: dict[str, int] = {}
+    for name, shape in given.items():
+        spec = specs.get(name)
+        if spec is None:
+            known = ", ".join(repr(other) for other in specs)
+            raise InputError(f"--shape for unknown input {name!r}", f"one of {known}", "name one of these")
+        _check_shape(spec, shape)
+        for dim, size in zip(spec.shape, shape, strict=True):
+            if isinstance(dim, str):
+                bound.setdefault(dim, size)
+    shapes: dict[str, Shape] = {}
+    notes: list[str] = []
+    for spec in signature:
+        if spec.elem_type == TensorProto.UNDEFINED:
+            raise InputError(f"input {spec.name!r}, which is no tensor", "tensor inputs", "use another model")
+        if spec.name in given:
+            shapes[spec.name] = given[spec.name]
+            continue
+        guessed = False
+        sizes: list[int] = []
+        for axis, dim in enumerate(spec.shape):
+            if not isinstance(dim, int):
+                known = bound.get(dim) if dim is not None else None
+                guessed |= known is None
+                dim_size = known or _guess(spec, axis, image_size, other_size)
+                if dim is not None:
+                    bound[dim] = dim_size
+            else:
+                dim_size = dim
+            sizes.append(dim_size)
+        shapes[spec.name] = tuple(sizes)
+        if guessed:
+            text = _text(shapes[spec.name])
+            notes.append(f"input {spec} is taken as {text}; set it with --shape {spec.name}={text}")
+    return shapes, notes
+
+
+def synthetic_feeds(
+    signature: Sequence[TensorSpec],
+    shapes: Mapping[str, Shape] | None,
+    seed: int,
+    bounds: Mapping[str, tuple[float, float]] | None = None,
+) -> dict[str, NDArray[np.generic]]:
+    """One feed for every input; the same seed gives the same values.
+
+    Args:
+        signature: The model's inputs.
+        shapes: A shape for every input; None: `resolve_shapes` without any given.
+        seed: Seed of the generator.
+        bounds: Smallest and largest value of inputs where they are known (see `signature.index_bounds`).
+    """
+    if shapes is None:
+        shapes, _ = resolve_shapes(signature, {})
+    rng = np.random.default_rng(seed)
+    open_sizes = [size for shape in shapes.values() for size in shape[1:]]
+    length = min(open_sizes, default=1)
+    return {spec.name: _draw(spec, shapes[spec.name], rng, (bounds or {}).get(spec.name), length) for spec in signature}
+
+
+def batch_size(signature: Sequence[TensorSpec], target: Target) -> int:
+    """The batch the target is timed with, else 1: a model exported with an open batch may not take others."""
+    given = target.shapes[0].shapes if target.shapes else {}
+    return leading_size(signature, resolve_shapes(signature, given)[0])
+
+
+def leading_size(signature: Sequence[TensorSpec], shapes: Mapping[str, Shape]) -> int:
+    """Leading dimension of the first input that has one."""
+    return next((shapes[spec.name][0] for spec in signature if shapes[spec.name]), 1)
+
+
+def _draw(
+    spec: TensorSpec,
+    shape: Shape,
+    rng: np.random.Generator,
+    bounds: tuple[float, float] | None,
+    length: int,
+) -> NDArray[np.generic]:
+    if spec.elem_type == TensorProto.STRING:
+        return np.full(shape, "text", dtype=object)
+    if spec.is_floating:
+        values = rng.standard_normal(shape) if bounds is None else rng.uniform(*bounds, shape)
+    elif "mask" in spec.name.lower():
+        values = np.ones(shape)
+    elif bounds is not None:
+        values = rng.integers(int(bounds[0]), int(bounds[1]), shape, endpoint=True)
+    else:
+        values = _draw_integers(spec, shape, rng, length)
+    return np.asarray(values).astype(spec.dtype)
+
+
+def _draw_integers(spec: TensorSpec, shape: Shape, rng: np.random.Generator, length: int) -> NDArray[np.generic]:
+    """Values plausible for what the input's name says; small, as they may index a table of unknown size."""
+    name = spec.name.lower()
+    if name in {"sr", "sample_rate", "sampling_rate"}:
+        return np.full(shape, _SAMPLE_RATE)
+    if "length" in name or name.endswith("_len"):
+        return np.full(shape, length)
+    if "position" in name and shape:
+        return np.broadcast_to(np.arange(shape[-1]), shape)
+    largest = 1 if spec.elem_type == TensorProto.BOOL or "type" in name or "segment" in name else 9
+    return np.asarray(rng.integers(0, largest, shape, endpoint=True))
+
+
+def _check_shape(spec: TensorSpec, shape: Shape) -> None:
+    option = f"--shape {spec.name}={_text(shape)}"
+    if len(shape) != len(spec.shape):
+        raise InputError(
+            f"{option} with {len(shape)} dimensions", f"{len(spec.shape)} as in input {spec}", "correct it"
+        )
+    if any(isinstance(dim, int) and dim != size for dim, size in zip(spec.shape, shape, strict=True)):
+        raise InputError(option, f"a shape that fits input {spec}", "change the open dimensions only")
+
+
+def _guess(spec: TensorSpec, axis: int, image_size: int, other_size: int) -> int:
+    dim = str(spec.shape[axis] or "").lower()
+    sequence = any(word in dim for word in _SEQUENCE_WORDS)
+    if "batch" in dim or (axis == 0 and not sequence):
+        return 1
+    if len(spec.shape) == 4 and spec.is_floating and not sequence:
+        channels_last = spec.shape[3] in {1, 3}
+        if not channels_last and axis == 1:
+            return 3
+        if axis in ({1, 2} if channels_last else {2, 3}) and (
+            channels_last or spec.shape[1] in {1, 3} or _open(spec, 1)
+        ):
+            return image_size
+    return other_size
+
+
+def _open(spec: TensorSpec, axis: int) -> bool:
+    return not isinstance(spec.shape[axis], int)
+
+
+def _text(shape: Shape) -> str:
+    return "x".join(map(str, shape)) or "scalar"

@@ -1,0 +1,132 @@
+"""Tucker-2: a 1x1 convolution C->r1, a kxk convolution r1->r2, a 1x1 convolution r2->S (Kim et al., ICLR 2016).
+
+W = core x_1 U_out x_2 U_in with orthonormal U. HOSVD gives the core once for all ranks: with the full bases
+G = U_out^T W U_in the squared error at (r1, r2) is exactly ||W||^2 minus the energy of G's leading (r2, r1) block, a
+cumulative sum. The factors of the ranks chosen are improved by a few sweeps of HOOI, which only lowers the error.
+
+Weights per group: r1 C + r1 r2 prod k + S r2. The rank is (r1, r2): input side, output side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from onnx_lowrank.chain import Chain, Stage
+from onnx_lowrank.decomposition import Decomposition, Factorization, Rank, aligned
+from onnx_lowrank.layer import Array, LayerShape
+from onnx_lowrank.linalg import leading_subspace
+
+
+class TuckerCore(Factorization):
+    """HOSVD bases and the energy of every leading block of the core.
+
+    Args:
+        weight: (g, S, C, K), the kernel flattened.
+        kernel: The kernel's shape.
+        sweeps: HOOI sweeps when factors are made.
+    """
+
+    def __init__(self, weight: Array, kernel: tuple[int, ...], sweeps: int) -> None:
+        self._weight, self._kernel, self._sweeps = weight, kernel, sweeps
+        _, out, in_, _ = weight.shape
+        self._out, self._out_values = _bases([w.reshape(out, -1) for w in weight])
+        self._in, self._in_values = _bases([w.transpose(1, 0, 2).reshape(in_, -1) for w in weight])
+        core = np.einsum("gsck,gsq,gcp->gqpk", weight, self._out, self._in, optimize=True)
+        self._energy = np.square(core).sum(axis=(0, 3)).cumsum(axis=0).cumsum(axis=1)
+
+    def error(self, rank: Rank) -> float:
+        """Relative Frobenius error of truncated HOSVD, exact; HOOI can only improve on it."""
+        r_in, r_out = rank
+        total = float(self._energy[-1, -1])
+        if total <= 0 or (r_out, r_in) == self._energy.shape:
+            return 0.0
+        return math.sqrt(max(0.0, 1.0 - float(self._energy[r_out - 1, r_in - 1]) / total))
+
+    def spectral_error(self, rank: Rank) -> float:
+        """Triangle inequality over the two cuts, relative to the output unfolding's largest singular value."""
+        r_in, r_out = rank
+        largest = float(self._out_values.max(initial=0.0))
+        cut = sum(float(v.max(initial=0.0)) for v in (self._in_values[:, r_in:], self._out_values[:, r_out:]))
+        return cut / largest if largest > 0 else 0.0
+
+    def factors(self, rank: Rank) -> tuple[Array, ...]:
+        """Weights (g, r1, C, 1..), (g, r2, r1, *k), (g, S, r2, 1..)."""
+        r_in, r_out = rank
+        groups, out, in_, _ = self._weight.shape
+        ones = (1,) * len(self._kernel)
+        pairs = [self._hooi(g, r_in, r_out) for g in range(groups)]
+        u_in, u_out = np.stack([p[0] for p in pairs]), np.stack([p[1] for p in pairs])
+        core = np.einsum("gsck,gsq,gcp->gqpk", self._weight, u_out, u_in, optimize=True)
+        return (
+            u_in.swapaxes(1, 2).reshape(groups, r_in, in_, *ones),
+            core.reshape(groups, r_out, r_in, *self._kernel),
+            u_out.reshape(groups, out, r_out, *ones),
+        )
+
+    def _hooi(self, group: int, r_in: int, r_out: int) -> tuple[Array, Array]:
+        weight = self._weight[group]
+        u_in, u_out = self._in[group][:, :r_in], self._out[group][:, :r_out]
+        for _ in range(self._sweeps):
+            projected = np.einsum("sck,cp->spk", weight, u_in, optimize=True)
+            u_out, _ = leading_subspace(projected.reshape(len(u_out), -1), r_out)
+            projected = np.einsum("sck,sq->cqk", weight, u_out, optimize=True)
+            u_in, _ = leading_subspace(projected.reshape(len(u_in), -1), r_in)
+        return u_in, u_out
+
+
+def _bases(unfoldings: list[Array]) -> tuple[Array, Array]:
+    pairs = [leading_subspace(matrix, len(matrix)) for matrix in unfoldings]
+    return np.stack([basis for basis, _ in pairs]), np.stack([values for _, values in pairs])
+
+
+@dataclass(frozen=True)
+class Tucker2(Decomposition):
+    """Tucker-2 by HOSVD and HOOI: 1x1 C->r1, kxk r1->r2, 1x1 r2->S."""
+
+    sweeps: int = 3
+    name: ClassVar[str] = "tucker2"
+
+    def refusal(self, shape: LayerShape) -> str | None:
+        """Refuse what has no kernel, or a side with one channel."""
+        if shape.is_matrix:
+            return f"{shape} has no kernel: svd reaches the same error with one stage less"
+        if min(shape.out, shape.in_) < 2:
+            return f"{shape} has one channel on a side: svd gives the same chain with one stage less"
+        return None
+
+    def ranks(self, shape: LayerShape, block: int) -> Sequence[Rank]:
+        """Pairs with fewer weights than the dense layer."""
+        taps = math.prod(shape.kernel)
+        dense = shape.out * shape.in_ * taps
+        pairs = [(a, b) for a in aligned(shape.in_ - 1, block) for b in aligned(shape.out - 1, block)]
+        return [(a, b) for a, b in pairs if a * shape.in_ + a * b * taps + b * shape.out < dense]
+
+    def chain(self, shape: LayerShape, rank: Rank) -> Chain:
+        """Three stages, the middle one carries the kernel."""
+        r_in, r_out = rank
+        n = len(shape.kernel)
+        ones = (1,) * n
+        first, middle, last = "uvw"[:n], "hwd"[:n].upper(), "xyz"[:n]
+        return Chain(
+            method=self.name,
+            stages=(
+                Stage(shape.groups, r_in, shape.in_, ones),
+                Stage(shape.groups, r_out, r_in, shape.kernel, tuple(range(n))),
+                Stage(shape.groups, shape.out, r_out, ones),
+            ),
+            equation=f"gpc{first},gqp{middle},gsq{last}->gsc{middle}",
+        )
+
+    def factorize(self, weight: Array) -> Factorization:
+        """HOSVD of every group."""
+        work = weight.astype(np.float64, copy=False)
+        return TuckerCore(work.reshape(*weight.shape[:3], -1), weight.shape[3:], self.sweeps)
+
+    def exact_rank(self, shape: LayerShape) -> Rank:
+        """Full rank on both sides."""
+        return (shape.in_, shape.out)

@@ -1,0 +1,127 @@
+"""Finding passes and decompositions, and building them by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from onnx_lowrank import catalogue
+from onnx_lowrank.catalogue import build, discover, split
+from onnx_lowrank.decomposition import Decomposition
+from onnx_lowrank.errors import InputError
+from onnx_lowrank.passes.normalize import DEFAULT_NORMALIZE, FlushDenormals, FuseHardSwish
+from onnx_lowrank.plan import PassSpec
+from onnx_lowrank.recipe import parse_passes
+from onnx_lowrank.transform import Pass
+
+
+def test_passes_are_built_and_split() -> None:
+    passes, decompositions = split(parse_passes("svd,flush_denormals{limit=1e-3},fuse_hard_swish{form=hard_swish}"))
+    assert passes == [FlushDenormals(1e-3), FuseHardSwish("hard_swish")]
+    assert [item.name for item in decompositions] == ["svd"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (PassSpec("fold_batchnorm"), "did you mean 'fold_batch_norm'?"),
+        (PassSpec("xyz"), "list them with `onnx-lowrank passes`"),
+        (
+            PassSpec("flush_denormals", {"limi": "1"}),
+            "got the option 'limi' of pass 'flush_denormals'; expected one of limit; correct the option",
+        ),
+        (
+            PassSpec("remove_identity", {"x": "1"}),
+            "got the option 'x' of pass 'remove_identity'; expected no option; correct the option",
+        ),
+        (
+            PassSpec("flush_denormals", {"limit": "tiny"}),
+            "got limit=tiny for pass 'flush_denormals'; expected a number; give another value",
+        ),
+        (
+            PassSpec("fold_constants", {"copy_limit": "1.5"}),
+            "got copy_limit=1.5 for pass 'fold_constants'; expected a whole number; give another value",
+        ),
+        (
+            PassSpec("fuse_hard_swish", {"form": "relu"}),
+            "got form=relu for pass 'fuse_hard_swish'; expected one of hard_sigmoid, hard_swish; give another value",
+        ),
+    ],
+)
+def test_passes_that_cannot_be_built(spec: PassSpec, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        build(spec)
+    assert str(caught.value).endswith(message)
+
+
+def test_the_catalogue_lists_both_kinds_with_options_and_one_line() -> None:
+    entries = {entry.name: entry for entry in catalogue.catalogue()}
+    assert {step.name for step in DEFAULT_NORMALIZE} <= entries.keys()
+    assert entries["svd"].kind == "decomposition"
+    assert entries["flush_denormals"].kind == "graph pass"
+    assert entries["flush_denormals"].options == (catalogue.Option("limit", "a number", "1e-20"),)
+    assert all(entry.description.endswith(".") for entry in entries.values())
+    assert all(build(PassSpec(name)).name == name for name in entries)
+    assert list(entries) == sorted(entries, key=lambda name: (entries[name].kind == "decomposition", name))
+
+
+PLUGIN = """
+from dataclasses import dataclass
+from typing import ClassVar
+from onnx_lowrank.passes.normalize import RemoveIdentity
+
+@dataclass(frozen=True)
+class ThirdParty(RemoveIdentity):
+    name: ClassVar[str] = "third_party"
+    strong: bool = False
+    level: int | None = None
+"""
+
+
+@pytest.fixture
+def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Source file of an installed third-party package with an entry point."""
+    module = f"lowrank_plugin_{tmp_path.name}"
+    info = tmp_path / f"{module}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[{catalogue.GROUP}]\nmine = {module}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    source = tmp_path / f"{module}.py"
+    source.write_text(PLUGIN)
+    discover.cache_clear()
+    yield source
+    discover.cache_clear()
+
+
+@pytest.mark.usefixtures("plugin")
+def test_third_party_passes_come_from_entry_points() -> None:
+    def options(**values: object) -> dict[str, object]:
+        return vars(build(PassSpec("third_party", values)))
+
+    assert options() == {"strong": False, "level": None}
+    assert options(strong="true", level="3") == {"strong": True, "level": 3}
+    assert options(strong=False, level=None) == {"strong": False, "level": None}
+    with pytest.raises(InputError, match="expected true or false"):
+        options(strong="maybe")
+    with pytest.raises(InputError, match="expected a whole number or none"):
+        options(level="high")
+
+
+def test_two_passes_of_one_name_are_refused(plugin: Path) -> None:
+    plugin.write_text(PLUGIN.replace("third_party", "remove_identity"))
+    with pytest.raises(InputError, match=r"two passes called 'remove_identity', in .* and lowrank_plugin_"):
+        discover()
+
+
+def test_a_broken_plugin_is_named(plugin: Path) -> None:
+    plugin.write_text("1 / 0")
+    with pytest.raises(InputError, match=r"entry point 'mine' \(.*\), which fails with ZeroDivisionError: division"):
+        discover()
+
+
+def test_only_concrete_dataclasses_with_defaults_are_listed() -> None:
+    assert all(issubclass(item, Pass | Decomposition) for item in discover().values())
+    assert "factor" not in discover()

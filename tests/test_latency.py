@@ -1,0 +1,264 @@
+"""The table survives processes and damage; prices are paired, remembered and complete; intervals cover."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sqlite3
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from builders import conv_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto
+
+from onnx_lowrank.chain import Chain, Stage
+from onnx_lowrank.latency.chains import ChainTimer, Job
+from onnx_lowrank.latency.grid import channel_block, known_block, smallest_block
+from onnx_lowrank.latency.measure import Clock, bootstrap_median, in_turns, one_round, paired, steady_clock, time_model
+from onnx_lowrank.latency.table import CACHE_VARIABLE, LatencyTable, cache_folder, table_key
+from onnx_lowrank.layer import Form, Geometry, Layer, LayerShape, Site
+from onnx_lowrank.runtime import open_session
+from onnx_lowrank.target import Target
+
+ONE = Target(threads=1)
+
+
+class Scripted:
+    """A run that takes the times it was told to."""
+
+    def __init__(self, *seconds: float) -> None:
+        self._seconds, self._next = seconds, 0
+
+    def seconds(self) -> float:
+        self._next += 1
+        return self._seconds[(self._next - 1) % len(self._seconds)]
+
+
+def layer(key: str = "c", elem_type: int = TensorProto.FLOAT, sites: int = 1, stride: int = 1) -> Layer:
+    shape = LayerShape(1, 16, 8, (3, 3))
+    form = Form("Conv", elem_type, 17, Geometry((stride, stride), (1, 1), (1, 1, 1, 1)), bias=True)
+    out = 8 // stride
+    where = tuple(Site(f"{key}{i}", (1, 8, 8, 8), (1, 16, out, out), count=i + 1.0) for i in range(sites))
+    return Layer(key, shape, form, tuple(site.node for site in where), where, "w", lambda: np.zeros(shape.weight))
+
+
+def chain(rank: int, out: int = 16) -> Chain:
+    stages = (Stage(1, rank, 8, (3, 3), (0, 1)), Stage(1, out, rank, (1, 1)))
+    return Chain("svd", stages, "grchw,gsrab->gschw")
+
+
+def write_rows(path: Path, first: int, rows: int) -> None:
+    with LatencyTable(path) as table:
+        for number in range(first, first + rows):
+            table.put(f"key{number}", float(number))
+
+
+def test_two_processes_write_at_once(tmp_path: Path):
+    path = tmp_path / "t.sqlite"
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=write_rows, args=(path, first, 300)) for first in (0, 200)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    with LatencyTable(path) as table:
+        assert len(table) == 500
+        assert [table.get(f"key{number}") for number in (0, 250, 499)] == [0.0, 250.0, 499.0]
+
+
+def test_table_counts_hits_and_misses_and_replaces(tmp_path: Path):
+    with LatencyTable(tmp_path / "deep" / "t.sqlite") as table:
+        assert table.get("a") is None
+        table.put("a", 1.5, samples=7, what="conv")
+        table.put("a", 2.5)
+        assert (table.get("a"), table.hits, table.misses, len(table)) == (2.5, 1, 1, 1)
+        assert table.fact("block") is None
+        table.put_fact("block", "16")
+        assert table.fact("block") == "16"
+
+
+def damaged(path: Path) -> None:
+    path.write_bytes(b"this is no database" * 400)
+
+
+def truncated(path: Path) -> None:
+    write_rows(path, 0, 2000)
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def other_schema(path: Path) -> None:
+    with sqlite3.connect(path) as connection:
+        connection.execute("PRAGMA user_version = 99")
+
+
+@pytest.mark.parametrize("harm", [damaged, truncated, other_schema])
+def test_unusable_file_is_moved_aside(tmp_path: Path, caplog, harm):
+    path = tmp_path / "t.sqlite"
+    harm(path)
+    with LatencyTable(path) as table:
+        table.put("a", 1.0)
+        assert len(table) == 1
+    assert len(list(tmp_path.glob("t.sqlite.unusable-*"))) == 1
+    assert "is unusable" in caplog.text
+    with LatencyTable(path) as table:
+        assert table.get("a") == 1.0
+
+
+def test_unwritable_folder_means_memory(tmp_path: Path, caplog):
+    (tmp_path / "file").write_text("in the way")
+    with LatencyTable(tmp_path / "file" / "t.sqlite") as table:
+        table.put("a", 1.0)
+        assert table.get("a") == 1.0
+    assert "measurements are not kept" in caplog.text
+
+
+def test_cache_folder_can_be_moved(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    assert cache_folder() == tmp_path
+    with LatencyTable() as table:
+        assert table.path == tmp_path / "latency.sqlite"
+
+
+def test_key_depends_on_everything_a_latency_depends_on():
+    others = [
+        table_key("b", ONE, "all"),
+        table_key("a", ONE, "extended"),
+        table_key("a", Target(threads=2), "all"),
+        table_key("a", Target("cuda", threads=1), "all"),
+        table_key("a", Target(threads=1, provider_options={"o": "1"}), "all"),
+    ]
+    assert len({table_key("a", ONE, "all"), *others}) == 6
+    assert table_key("a", ONE, "all") == table_key("a", Target(threads=1, levels=("all",)), "all")
+
+
+def test_time_model_and_paired():
+    session = open_session(conv_model((1, 3, 8, 8), (4, 3, 3, 3)).SerializeToString(), ONE)
+    feeds = {"x": np.ones((1, 3, 8, 8), np.float32)}
+    timing = time_model(session, feeds, budget_s=0.05, min_runs=7)
+    assert len(timing.samples_ms) >= 7
+    assert timing.ci95_ms[0] <= timing.median_ms <= timing.ci95_ms[1]
+    result = paired([session, session], [feeds, feeds], rounds=9, budget_s=0.2)
+    assert result.rounds >= 9
+    assert result.ratios[0] == 1.0
+    assert result.ci95[0] == (1.0, 1.0)
+
+
+def test_ratios_are_paired_within_rounds():
+    drift = [1.0 + 0.5 * np.sin(i / 2) for i in range(500)]  # hits both alike, as a busy machine does
+    slow, fast = Scripted(*drift), Scripted(*(value / 2 for value in drift))
+    # Equal numbers of warm-up runs keep the two scripts in step.
+    result = in_turns([slow, fast], rounds=30, budget_s=0.0)
+    assert result.rounds == 30
+    assert result.ratios == pytest.approx((1.0, 2.0))
+    assert not result.disturbed
+
+
+def test_scattering_ratios_are_flagged():
+    rng = np.random.default_rng(0)
+    noisy = Scripted(*rng.uniform(1, 3, 400))
+    assert in_turns([Scripted(1.0), noisy], rounds=30, budget_s=0.0).disturbed
+
+
+def test_rounds_turn_around():
+    order: list[int] = []
+    runs = list(range(3))
+
+    def note(run: int) -> float:
+        order.append(run)
+        return float(run)
+
+    assert one_round(runs, note) == [0.0, 1.0, 2.0]
+    assert one_round(runs, note, backward=True) == [0.0, 1.0, 2.0]
+    assert order == [0, 1, 2, 2, 1, 0]
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10_000), st.integers(5, 60))
+def test_bootstrap_interval_holds_the_median(seed, count):
+    samples = np.random.default_rng(seed).lognormal(size=count)
+    low, high = bootstrap_median(samples)
+    assert samples.min() <= low <= np.median(samples) <= high <= samples.max()
+    assert bootstrap_median(samples) == (low, high)
+    scaled = bootstrap_median(samples * 3)
+    assert scaled == pytest.approx((low * 3, high * 3))
+
+
+def test_clock_of_one_cpu_thread_ignores_other_processes():
+    assert steady_clock(ONE) is Clock.CPU
+    assert steady_clock(Target(threads=2)) is Clock.WALL
+    assert steady_clock(Target("cuda", threads=1)) is Clock.WALL
+
+
+def test_prices_are_remembered_and_shared(tmp_path: Path):
+    jobs = [Job(layer()), Job(layer(), chain(4)), Job(layer(), chain(8)), Job(layer("twin"), chain(4))]
+    calls: list[tuple[int, int]] = []
+    with LatencyTable(tmp_path / "t.sqlite") as table:
+        timer = ChainTimer(ONE, table)
+        prices = timer.price(jobs, lambda done, total: calls.append((done, total)))
+        assert timer.timed == 3
+        assert not timer.dropped
+        assert all(price is not None and price > 0 for price in prices)
+        assert prices[1] == prices[3]
+        assert calls[-1] == (3, 3)
+    with LatencyTable(tmp_path / "t.sqlite") as table:
+        warm = ChainTimer(ONE, table)
+        assert warm.price(jobs) == prices
+        assert (warm.timed, table.hits, table.misses) == (0, 3, 0)
+
+
+def test_price_is_the_weighted_sum_over_sites(tmp_path: Path):
+    with LatencyTable(tmp_path / "t.sqlite") as table:
+        timer = ChainTimer(ONE, table)
+        single, triple = timer.price([Job(layer()), Job(layer(sites=2))])  # counts 1, and 1 + 2
+        assert timer.timed == 1
+        assert single is not None
+        assert triple == pytest.approx(3 * single)
+
+
+def test_layer_alone_is_timed_even_when_only_its_chain_is_asked_for(tmp_path: Path):
+    with LatencyTable(tmp_path / "t.sqlite") as table:
+        timer = ChainTimer(ONE, table)
+        timer.price([Job(layer(), chain(4))])
+        assert timer.timed == 2
+        timer.price([Job(layer())])
+        assert timer.timed == 2
+
+
+def test_chain_that_cannot_be_timed_is_dropped(tmp_path: Path):
+    broken = replace(chain(4), stages=(chain(4).stages[0], Stage(1, 16, 5, (1, 1))))
+    with LatencyTable(tmp_path / "t.sqlite") as table:
+        timer = ChainTimer(ONE, table)
+        prices = timer.price([Job(layer()), Job(layer(), broken), Job(layer(), chain(4))])
+        assert [price is None for price in prices] == [False, True, False]
+        assert [dropped.chain for dropped in timer.dropped] == [broken]
+        assert timer.dropped[0].reason.startswith("got ")
+
+
+def test_types_without_kernels_are_priced_as_float32(tmp_path: Path):
+    with LatencyTable(tmp_path / "t.sqlite") as table:
+        timer = ChainTimer(ONE, table)
+        (price,) = timer.price([Job(layer(elem_type=TensorProto.DOUBLE), chain(4))])
+        assert price is not None
+        assert not timer.dropped
+
+
+@pytest.mark.parametrize("block", [4, 8, 16, 32])
+def test_block_of_a_machine_that_pads(block):
+    ranks = (32, 36, 40, 48, 56, 60, 64)
+    rng = np.random.default_rng(0)
+    padded = {rank: (20 + -(-rank // block) * block) * rng.uniform(0.99, 1.01) for rank in ranks}
+    assert smallest_block(padded) == block
+
+
+@pytest.mark.parametrize("kind", ["conv", "matmul"])
+def test_block_is_probed_once(tmp_path: Path, kind):
+    with LatencyTable(tmp_path / "t.sqlite") as table:
+        assert known_block(ONE, table, kind) is None
+        block = channel_block(ONE, table, kind)
+        assert block in {4, 8, 16, 32}
+        assert known_block(ONE, table, kind) == block
+        assert channel_block(ONE, table, kind) == block

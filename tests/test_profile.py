@@ -1,0 +1,111 @@
+"""Profiles compare files in turns and give every microsecond an owner."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from builders import model, value
+from onnx import ModelProto, helper
+from rich.console import Console
+
+from onnx_lowrank.attribution import RUNTIME, attribute, name_nodes
+from onnx_lowrank.errors import InputError
+from onnx_lowrank.kernel_trace import KernelEvent
+from onnx_lowrank.profile import profile, render
+from onnx_lowrank.target import Target
+
+
+def network(named: bool = True) -> ModelProto:
+    rng = np.random.default_rng(0)
+    nodes = [
+        helper.make_node("Conv", ["x", "w0"], ["c0"], name="first", pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["c0"], ["r0"], name="act"),
+        helper.make_node("Conv", ["r0", "w1"], ["c1"], name="second", pads=[1, 1, 1, 1]),
+        helper.make_node("Add", ["c1", "r0"], ["a"], name="sum"),
+        helper.make_node("Relu", ["a"], ["y"], name="last"),
+    ]
+    for node in nodes:
+        node.name = node.name if named else ""
+    weights = {f"w{i}": rng.standard_normal((32, 32, 3, 3)).astype(np.float32) for i in range(2)}
+    return model(nodes, [value("x", ["n", 32, 16, 16])], [value("y", ["n", 32, 16, 16])], weights)
+
+
+def event(node: str, op: str, microseconds: float = 1.0) -> KernelEvent:
+    return KernelEvent(node, op, "CPUExecutionProvider", microseconds, (), ())
+
+
+def test_kernels_find_their_nodes():
+    graph = network().graph
+    events = [
+        event("r0_nchwc", "Conv", 50),
+        event("y_nchwc", "Conv", 30),
+        event("act", "Relu", 10),
+        event("ReorderOutput_token_3", "ReorderOutput", 6),
+        event("second/Something_7", "FusedConv", 4),
+        event("some_loop", "Loop", 1000),
+    ]
+    shares = {entry.node: (entry.share, entry.ops) for entry in attribute(events, graph)}
+    assert shares == {
+        "first": (0.5, ("Conv",)),
+        "second": (0.34, ("Conv", "FusedConv")),
+        "act": (0.1, ("Relu",)),
+        RUNTIME: (0.06, ("ReorderOutput",)),
+    }
+
+
+def test_longer_names_win_over_their_prefixes():
+    graph = network().graph
+    graph.node[0].name, graph.node[2].name = "conv", "conv_2"
+    assert [entry.node for entry in attribute([event("conv_2_nchwc", "Conv")], graph)] == ["conv_2"]
+    assert [entry.node for entry in attribute([event("conv_9", "Conv")], graph)] == ["conv"]
+    assert [entry.node for entry in attribute([event("convolution", "Conv")], graph)] == [RUNTIME]
+
+
+def test_nodes_without_name_are_named_after_their_output():
+    graph = network(named=False).graph
+    name_nodes(graph)
+    assert [node.name for node in graph.node] == ["c0", "r0", "c1", "a", "y"]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_profile_of_two_files(tmp_path: Path, named):
+    paths = [tmp_path / "a.onnx", tmp_path / "b.onnx"]
+    onnx.save(network(named), paths[0])
+    onnx.save(network(named), paths[1], save_as_external_data=True, location="b.data", size_threshold=0)
+    result = profile(paths, Target(threads=1), budget_s=0.3)
+    first, second = result.models
+    assert first.ratio == 1.0
+    assert second.ratio_ci95[0] <= second.ratio <= second.ratio_ci95[1]
+    assert first.p50_ms <= first.p95_ms
+    assert first.size_bytes == paths[0].stat().st_size
+    assert second.size_bytes == paths[1].stat().st_size + (tmp_path / "b.data").stat().st_size
+    convs = {"first", "second"} if named else {"c0", "c1"}
+    assert convs <= {entry.node for entry in first.nodes}
+    assert sum(entry.share for entry in first.nodes) == pytest.approx(1.0)
+    assert result.synthetic
+    assert any("--shape x=" in note for note in result.notes)
+    assert json.loads(json.dumps(result.to_dict()))["models"][0]["level"] in {"all", "extended"}
+
+
+def test_rendered_table_says_what_was_compared(tmp_path: Path):
+    path = tmp_path / "a.onnx"
+    onnx.save(network(), path)
+    feeds = {"x": np.ones((2, 32, 16, 16), np.float32)}
+    result = profile([path, path], Target(threads=1, levels=("all",)), feeds, budget_s=0.1)
+    console = Console(width=140)
+    with console.capture() as captured:
+        render(result, console)
+    text = captured.get()
+    assert "1 thread(s)" in text
+    assert text.count("a.onnx") == 4
+    assert "1.00x [1.00, 1.00]" in text
+    assert "synthetic" not in text
+
+
+def test_nothing_to_profile():
+    with pytest.raises(InputError, match=r"^got no model; expected at least one ONNX file; name one$"):
+        profile([], Target(threads=1))
