@@ -35,7 +35,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 test: $(INSTALLED)
 	@echo "Running the tests (a few minutes) ..."
 	@$(BIN)/pytest -m "not slow and not zoo and not cuda" --timeout 300 \
-		--cov onnx_lowrank --cov onnx_lowrank.passes --cov-report term $(PYTEST_ARGS)
+		--cov --cov-report term $(PYTEST_ARGS)
 
 demo: $(INSTALLED)
 	@echo "Optimizing the model that ships with the package ..."

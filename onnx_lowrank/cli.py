@@ -325,7 +325,7 @@ def run(arguments: list[str]) -> int:
         _complain(str(error))
         return error.exit_code
     except _USAGE_ERROR as error:
-        message = getattr(error, "format_message", lambda: str(error))()
+        message = error.format_message() if hasattr(error, "format_message") else str(error)
         _complain(f"got {' '.join(arguments) or 'no arguments'}; {' '.join(str(message).split())} Try --help.")
         return 2
     except typer.Exit as stop:

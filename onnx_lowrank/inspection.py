@@ -104,7 +104,9 @@ def render(rows: Sequence[InspectedLayer]) -> Table:
     return table
 
 
-def _layer(layer: Layer, ms: float, params: int, macs: float, methods: Sequence[Decomposition]) -> InspectedLayer:
+def _layer(
+    layer: Layer, ms: float | None, params: int, macs: float, methods: Sequence[Decomposition]
+) -> InspectedLayer:
     weight = layer.read()
     values = spectrum(weight.reshape(layer.shape.groups, layer.shape.out, -1)).values
     squares = np.square(values).sum(axis=0)
@@ -120,7 +122,7 @@ def _layer(layer: Layer, ms: float, params: int, macs: float, methods: Sequence[
         params_share=layer.shape.params / max(params, 1),
         macs=layer.macs,
         macs_share=layer.macs / max(macs, 1),
-        ms=ms if np.isfinite(ms) else None,
+        ms=ms,
         full_rank=values.shape[1],
         energy_ranks=tuple(int(np.searchsorted(kept, energy - 1e-12)) + 1 for energy in ENERGIES),
         effective_rank=float(np.exp(-(shares * np.log(shares)).sum())),

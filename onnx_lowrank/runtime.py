@@ -14,7 +14,7 @@ import platform
 import re
 import tempfile
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
@@ -67,14 +67,16 @@ class BoundRun:
         self._inputs = {name: ort.OrtValue.ortvalue_from_numpy(array, device) for name, array in feeds.items()}
         for name, value in self._inputs.items():
             self._binding.bind_ortvalue_input(name, value)
-        names = [output.name for output in session.get_outputs()]
-        for name in names:
-            self._binding.bind_output(name, device)
+        declared = session.get_outputs()
+        for output in declared:
+            self._binding.bind_output(output.name, device)
         session.run_with_iobinding(self._binding)
         self._outputs = self._binding.get_outputs()
-        for name, value in zip(names, self._outputs, strict=True):
+        for output, value in zip(declared, self._outputs, strict=True):
             if value.has_value() and value.is_tensor() and value.data_type() != "tensor(string)":
-                self._binding.bind_ortvalue_output(name, value)
+                # Room of another shape than declared is refused, and exporters do declare wrong shapes.
+                if _fits(output.shape, value.shape()):
+                    self._binding.bind_ortvalue_output(output.name, value)
 
     def seconds(self) -> float:
         """Run once; wall clock until the outputs are complete."""
@@ -241,7 +243,8 @@ def _open(
 def _session_options(target: Target, level: str, profile_to: Path | None, config: Mapping[str, str]) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = target.threads, 1
-    options.log_severity_level = 3
+    # Errors are raised as well as logged; only of a provider that does not load is the log the only trace.
+    options.log_severity_level = 4 if target.provider == "cpu" else 3
     options.graph_optimization_level = _LEVELS[level]
     for key, value in {**_CONFIG, **config}.items():
         options.add_session_config_entry(key, value)
@@ -290,6 +293,12 @@ def _provider_error(target: Target, reason: str) -> ProviderError:
         f"provider {target.provider} that does not load here ({native_reason(reason)})",
         f"a working {target.provider_name}",
         "install what it needs (onnx-lowrank doctor says more), or choose another provider",
+    )
+
+
+def _fits(declared: Sequence[int | str | None], shape: Sequence[int]) -> bool:
+    return len(declared) == len(shape) and all(
+        not isinstance(dim, int) or dim == size for dim, size in zip(declared, shape, strict=True)
     )
 
 

@@ -6,6 +6,7 @@ leaves open are taken from the user's shapes, else guessed, and every guess is s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -19,6 +20,7 @@ from onnx_lowrank.target import Target
 Shape = tuple[int, ...]
 IMAGE_SIZE = 224
 OTHER_SIZE = 64
+LARGEST_INPUT = 1 << 28
 _SAMPLE_RATE = 16_000
 _SEQUENCE_WORDS = ("seq", "time", "len", "frame", "token")
 
@@ -56,6 +58,7 @@ def resolve_shapes(
             raise InputError(f"input {spec.name!r}, which is no tensor", "tensor inputs", "use another model")
         if spec.name in given:
             shapes[spec.name] = given[spec.name]
+            _check_size(spec, given[spec.name])
             continue
         guessed = False
         sizes: list[int] = []
@@ -70,6 +73,7 @@ def resolve_shapes(
                 dim_size = dim
             sizes.append(dim_size)
         shapes[spec.name] = tuple(sizes)
+        _check_size(spec, shapes[spec.name])
         if guessed:
             text = _text(shapes[spec.name])
             notes.append(f"input {spec} is taken as {text}; set it with --shape {spec.name}={text}")
@@ -150,6 +154,13 @@ def _check_shape(spec: TensorSpec, shape: Shape) -> None:
         )
     if any(isinstance(dim, int) and dim != size for dim, size in zip(spec.shape, shape, strict=True)):
         raise InputError(option, f"a shape that fits input {spec}", "change the open dimensions only")
+
+
+def _check_size(spec: TensorSpec, shape: Shape) -> None:
+    if math.prod(shape) > LARGEST_INPUT:
+        raise InputError(
+            f"input {spec} of shape {_text(shape)}", f"at most {LARGEST_INPUT:,} values", "give a smaller --shape"
+        )
 
 
 def _guess(spec: TensorSpec, axis: int, image_size: int, other_size: int) -> int:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from threadpoolctl import threadpool_limits
+
 from onnx_lowrank.decomposition import Decomposition, Factorization, Rank
 from onnx_lowrank.errors import PassError
 from onnx_lowrank.graph.layers import layers
@@ -49,7 +51,8 @@ class Factor(Pass):
         chosen = [choice for choice in self.plan.layers if not choice.keeps]
         for choice in chosen:
             self._check(choice, by_key.get(choice.key))
-        flushed = splice(graph, (self._replacement(by_key[choice.key], choice) for choice in chosen))
+        with threadpool_limits(1):  # as when the candidates were decomposed: the same factors, bit for bit
+            flushed = splice(graph, [self._replacement(by_key[choice.key], choice) for choice in chosen])
         for key, count in flushed.items():
             if count:
                 log.info("%s: %d denormal weights set to zero", key, count)

@@ -20,7 +20,7 @@ from onnx.checker import ValidationError
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.graph.check import first_line, inference_errors, skeleton, structure_error
 from onnx_lowrank.graph.external import is_external, raw_bytes, region, with_raw_data
-from onnx_lowrank.graph.messages import not_text, tensors
+from onnx_lowrank.graph.messages import not_text, tensors, unknown_type
 from onnx_lowrank.graph.model import Graph
 from onnx_lowrank.graph.tensor import tensor_bytes
 
@@ -44,6 +44,10 @@ def load(path: Path) -> Graph:
     place = not_text(model)
     if place is not None:
         raise InputError(f"{path} with text that is not UTF-8 in {place}", "UTF-8", "export the model again")
+    kind = unknown_type(model)
+    if kind is not None:
+        got = f"{path} with a value of element type {kind}"
+        raise InputError(got, "a type this onnx release knows", "update onnx or export the model again")
     graph = Graph(model, path.parent)
     if graph.opset < OLDEST_OPSET:
         got = f"{path} with operator set {graph.opset}"

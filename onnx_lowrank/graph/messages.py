@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
-from onnx import AttributeProto, GraphProto, NodeProto, TensorProto
+from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, TypeProto
 
 AnyMessage = TypeVar("AnyMessage", bound=Message)
 
@@ -71,6 +71,19 @@ def not_text(message: Message, path: str = "model") -> str | None:
             texts = [value] if isinstance(value, str | bytes) else value
             if any(isinstance(text, bytes) for text in texts):
                 return place
+    return None
+
+
+def unknown_type(message: Message) -> int | None:
+    """The first element type of a declared value that this onnx release does not know, or None."""
+    if isinstance(message, TypeProto.Tensor | TypeProto.SparseTensor):
+        return None if message.elem_type in TensorProto.DataType.values() else message.elem_type
+    for descriptor, value in message.ListFields():
+        if descriptor.message_type is not None and not isinstance(value, TensorProto):
+            children = [value] if isinstance(value, Message) else value
+            found = next((kind for child in children if (kind := unknown_type(child)) is not None), None)
+            if found is not None:
+                return found
     return None
 
 

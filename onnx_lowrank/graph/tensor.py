@@ -58,7 +58,7 @@ def constant_tensor(node: NodeProto) -> TensorProto | None:
         return None
     match attribute.name:
         case "value":
-            return attribute.t if attribute.type == AttributeProto.TENSOR else None
+            return attribute.t if attribute.type == AttributeProto.TENSOR and attribute.HasField("t") else None
         case "value_float" | "value_floats":
             value = attribute.f if attribute.name == "value_float" else attribute.floats
             return numpy_helper.from_array(np.array(value, np.float32))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from onnx_lowrank.candidates import Candidate
-from onnx_lowrank.layer import Kept, Layer
+from onnx_lowrank.layer import Kept
 from onnx_lowrank.report.model import LayerRow
 from onnx_lowrank.search.table import Row
 
@@ -78,19 +78,19 @@ def _reason(row: Row, choice: Candidate, *, by_time: bool) -> str:
     if choice.chain is not None:
         return f"{_times(choice, row.keep)}, weight error {choice.error:.3g}{shared}"
     if not row.factorable:
-        return "; ".join(f"{method}: {why}" for method, why in row.refusals.items()) or refusal_of(row.layer)
+        return row.refusals.get("svd") or next(iter(row.refusals.values()))
     timed = [option for option in row.options[1:] if option.ms is not None]
     if not timed:
-        return f"none of its {len(row.options) - 1} chains could be timed{shared}"
+        return f"none of its chains could be timed ({len(row.options) - 1} tried){shared}"
     best = min(timed, key=lambda option: option.ms or 0.0)
     if by_time and (best.ms or 0.0) >= (row.keep.ms or 0.0):
-        return f"no chain was measured faster: {_named(best)} is the best with {_times(best, row.keep)}{shared}"
-    return f"better kept: the goal costs less elsewhere ({_named(best)}: {_times(best, row.keep)}){shared}"
+        return f"no chain was measured faster (the best, {_named(best)}: {_times(best, row.keep)}){shared}"
+    fastest = f"its fastest chain, {_named(best)}: {_loss(best, row.keep)}"
+    return f"the goal is reached at less loss elsewhere ({fastest}){shared}"
 
 
-def refusal_of(layer: Layer) -> str:
-    """The sentence for a layer that every method accepts and none has a useful rank for."""
-    return f"{layer.shape} is too small: no chain on this machine's channel grid has fewer weights"
+def _loss(option: Candidate, keep: Candidate) -> str:
+    return f"{_times(option, keep)} at weight error {option.error:.2g}"
 
 
 def _named(option: Candidate) -> str:

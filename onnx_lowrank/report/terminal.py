@@ -9,41 +9,55 @@ from rich.text import Text
 
 from onnx_lowrank.report.model import LayerRow, Report
 
-CHAIN_COLUMNS = ("layer", "op", "shape", "became", "rank", "error", "MACs", "ms", "why")
+COLUMNS = ("layer", "op", "shape", "became", "rank", "error", "MACs", "ms")
+NUMERIC = {"error", "MACs", "ms"}
+NAMES_SHOWN = 4
 
 
 def show(report: Report, console: Console) -> None:
     """Print the report."""
-    console.print(_layers(report))
+    if report.factorized:
+        console.print(_factorized(report))
+    for line in _kept(report):
+        console.print(line, highlight=False)
     console.print()
     console.print(_summary(report))
     console.print(_closing(report))
 
 
-def _layers(report: Report) -> Table:
+def _factorized(report: Report) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in CHAIN_COLUMNS:
-        numeric = name in {"error", "MACs", "ms"}
-        table.add_column(name, justify="right" if numeric else "left", overflow="fold", no_wrap=numeric)
+    for name in COLUMNS:
+        table.add_column(name, justify="right" if name in NUMERIC else "left", overflow="fold", no_wrap=name in NUMERIC)
     for row in report.layers:
-        done = row.decision == "factorized"
-        table.add_row(
-            escape(row.name),
-            row.op,
-            row.shape,
-            Text(row.method, style="green") if done else Text("kept", style="dim"),
-            "x".join(map(str, row.rank)),
-            f"{row.error:.3f}" if done else "",
-            f"{row.macs_after / row.macs_before:.2f}" if done and row.macs_before else "",
-            _before_after(row.latency_ms_before, row.latency_ms_after) if done else "",
-            Text(_why(row), style="" if done else "dim"),
-        )
+        if row.decision == "factorized":
+            table.add_row(
+                escape(row.name),
+                row.op,
+                row.shape,
+                Text(row.method, style="green"),
+                "x".join(map(str, row.rank)),
+                f"{row.error:.3f}",
+                f"x{row.macs_after / row.macs_before:.2f}" if row.macs_before else "",
+                _before_after(row.latency_ms_before, row.latency_ms_after),
+            )
     return table
 
 
-def _why(row: LayerRow) -> str:
-    """The reason without the figures that have columns of their own."""
-    return "" if row.decision == "factorized" and ";" not in row.reason else row.reason.rpartition("; ")[2]
+def _kept(report: Report) -> list[Text]:
+    """Kept nodes, those with the same reason on one line; figures of single nodes are in report.json."""
+    groups: dict[str, list[LayerRow]] = {}
+    for row in report.layers:
+        if row.decision != "factorized":
+            groups.setdefault(row.reason.partition(" (")[0], []).append(row)
+    lines: list[Text] = []
+    for reason, rows in groups.items():
+        names = ", ".join(row.name for row in rows[:NAMES_SHOWN])
+        more = f" and {len(rows) - NAMES_SHOWN} more" if len(rows) > NAMES_SHOWN else ""
+        lines.append(
+            Text("kept ", style="dim").append(names + more, style="default").append(f": {reason}", style="dim")
+        )
+    return lines
 
 
 def _summary(report: Report) -> Table:
@@ -92,8 +106,8 @@ def _closing(report: Report) -> Group:
             f"{fidelity['data']} samples; {report.calibration}; training: {report.training}"
         ),
         Text(
-            f"{report.factorized} of {len(report.layers)} weight-bearing nodes factorized; {report.chains_timed} chains "
-            f"timed on {report.environment['cpu']}, {report.target['threads']} thread(s), "
+            f"{report.factorized} of {len(report.layers)} weight-bearing nodes factorized; "
+            f"{report.chains_timed} chains timed on {report.environment['cpu']}, {report.target['threads']} thread(s), "
             f"provider {report.environment['provider']}; {sum(report.timings.values()):.0f} s, "
             f"{report.peak_rss_mib:.0f} MiB"
         ),

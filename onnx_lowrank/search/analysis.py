@@ -131,6 +131,8 @@ def prepare(source: Source, settings: Settings, folder: Path, phases: Phases) ->
         samples, notes = make_samples(source.graph, settings.target, source.data, settings.seed)
         native = runs_natively(source.path, settings.target)
         racer = Racer(settings.target, samples, folder, as_float32=not native)
+        # A search of a second must not spend eight on one race.
+        racer.seconds = min(racer.seconds, settings.time_limit or racer.seconds)
         original = racer.best_level(source.path)
     with phases.phase("normalize"):
         path = folder / "normalized.onnx"

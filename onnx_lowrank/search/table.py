@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from joblib import Parallel, delayed
+from joblib import Parallel, cpu_count, delayed
+from threadpoolctl import threadpool_limits
 
 from onnx_lowrank.candidates import Candidate, candidate, keep, worth_timing
 from onnx_lowrank.decomposition import Decomposition, Factorization
@@ -17,6 +16,7 @@ from onnx_lowrank.latency.chains import ChainTimer, Job
 from onnx_lowrank.layer import Array, Layer
 
 Progress = Callable[[int, int], None]
+MOST_WORKERS = 4  # each holds a weight and its bases
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,11 +101,14 @@ def tabulate(
     kinds = [blocks["conv" if layer.form.op == "Conv" else "matmul"] for layer in layers]
     work = (delayed(_row)(layer, methods, kind, cache, exact_only) for layer, kind in zip(layers, kinds, strict=True))
     rows: list[Row] = []
-    # Threads: LAPACK releases the interpreter, and eigh itself hardly gains from a second core.
-    done: Iterable[Row] = Parallel(n_jobs=min(2, os.cpu_count() or 1), backend="threading", return_as="generator")(work)  # pyright: ignore[reportAssignmentType] - joblib's stub says list of Any or None
-    for row in done:
-        rows.append(row)
-        progress(len(rows), len(layers))
+    workers = Parallel(n_jobs=min(MOST_WORKERS, cpu_count()), backend="threading", return_as="generator")
+    # One BLAS thread per layer: eigh hardly gains from a second one, and on a busy machine its threads, waiting for
+    # each other, take ten times as long.
+    with threadpool_limits(1):
+        done: Iterable[Row] = workers(work)  # pyright: ignore[reportAssignmentType] - joblib's stub: list of Any or None
+        for row in done:
+            rows.append(row)
+            progress(len(rows), len(layers))
     return rows
 
 

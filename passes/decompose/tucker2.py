@@ -36,7 +36,7 @@ class TuckerCore(Factorization):
         _, out, in_, _ = weight.shape
         self._out, self._out_values = _bases([w.reshape(out, -1) for w in weight])
         self._in, self._in_values = _bases([w.transpose(1, 0, 2).reshape(in_, -1) for w in weight])
-        core = np.einsum("gsck,gsq,gcp->gqpk", weight, self._out, self._in, optimize=True)
+        core = _core(weight, self._out, self._in)
         self._energy = np.square(core).sum(axis=(0, 3)).cumsum(axis=0).cumsum(axis=1)
 
     def error(self, rank: Rank) -> float:
@@ -61,7 +61,7 @@ class TuckerCore(Factorization):
         ones = (1,) * len(self._kernel)
         pairs = [self._hooi(g, r_in, r_out) for g in range(groups)]
         u_in, u_out = np.stack([p[0] for p in pairs]), np.stack([p[1] for p in pairs])
-        core = np.einsum("gsck,gsq,gcp->gqpk", self._weight, u_out, u_in, optimize=True)
+        core = _core(self._weight, u_out, u_in)
         return (
             u_in.swapaxes(1, 2).reshape(groups, r_in, in_, *ones),
             core.reshape(groups, r_out, r_in, *self._kernel),
@@ -72,11 +72,19 @@ class TuckerCore(Factorization):
         weight = self._weight[group]
         u_in, u_out = self._in[group][:, :r_in], self._out[group][:, :r_out]
         for _ in range(self._sweeps):
-            projected = np.einsum("sck,cp->spk", weight, u_in, optimize=True)
+            projected = u_in.T @ weight
             u_out, _ = leading_subspace(projected.reshape(len(u_out), -1), r_out)
-            projected = np.einsum("sck,sq->cqk", weight, u_out, optimize=True)
+            projected = u_out.T @ weight.swapaxes(0, 1)
             u_in, _ = leading_subspace(projected.reshape(len(u_in), -1), r_in)
         return u_in, u_out
+
+
+def _core(weight: Array, u_out: Array, u_in: Array) -> Array:
+    """U_out^T W U_in, (g, q, p, K), as two matrix products per group."""
+    groups, out, in_, taps = weight.shape
+    half = u_out.swapaxes(1, 2) @ weight.reshape(groups, out, in_ * taps)
+    half = half.reshape(groups, -1, in_, taps).swapaxes(1, 2).reshape(groups, in_, -1)
+    return (u_in.swapaxes(1, 2) @ half).reshape(groups, u_in.shape[2], -1, taps).swapaxes(1, 2)
 
 
 def _bases(unfoldings: list[Array]) -> tuple[Array, Array]:

@@ -1,0 +1,27 @@
+"""Fixtures that several rooms share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from onnx_lowrank.latency.table import CACHE_VARIABLE
+from onnx_lowrank.search.racer import Racer
+
+
+@pytest.fixture(scope="session")
+def latencies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cache folder for the whole session: no test touches the user's."""
+    return tmp_path_factory.mktemp("latencies")
+
+
+@pytest.fixture(scope="module")
+def quick(latencies: Path) -> Iterator[None]:
+    """Short races: what tiny models gain does not matter to tests, only that they were really run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CACHE_VARIABLE, str(latencies))
+        patch.setattr("onnx_lowrank.search.analysis.Racer", partial(Racer, seconds=0.3))
+        yield

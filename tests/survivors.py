@@ -1,0 +1,105 @@
+"""Untrusted files through warm worker processes: one that takes 10 s is killed, one that dies is replaced."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import multiprocessing
+import resource
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnContext, SpawnProcess
+from pathlib import Path
+
+import onnx
+
+from onnx_lowrank.cli import run
+from onnx_lowrank.errors import InputError
+from onnx_lowrank.graph import check, check_file, inferred_shapes, load, save
+
+KILL_AFTER_S = 10
+MEMORY_BYTES = 8 << 30  # of address space: a file that makes a worker ask for more must not take the machine down
+FOLDER_BEFORE = {"model.onnx"}
+OPTIMIZE = ("--keep-macs", "0.5", "--threads", "1", "--time-limit", "0.1", "--json")
+
+
+def round_trip(path: Path) -> str:
+    """Load, check, save and check again; says how it ended."""
+    try:
+        graph = load(path)
+    except InputError as error:
+        return "refused" if "\n" not in str(error) else f"message of several lines: {error}"
+    out = path.with_name("out.onnx")
+    check(graph)
+    inferred_shapes(graph)
+    save(graph, out)
+    check_file(out, graph.tolerated)
+    return "accepted"
+
+
+def optimize(path: Path) -> str:
+    """The whole command; `exit 0`, `exit 2`, `exit 3` or `exit 4` if what it left behind fits its exit code."""
+    before, out = path.read_bytes(), path.with_name("out.onnx")
+    said, complaint = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(complaint):
+        code = run(["optimize", str(path), "-o", str(out), *OPTIMIZE])
+    last = complaint.getvalue().splitlines()[-1:]
+    written = {0: {out.name}, 3: {out.name}, 2: set[str](), 4: set[str]()}.get(code)
+    if written is None or {entry.name for entry in path.parent.iterdir()} != FOLDER_BEFORE | written:
+        return f"exit {code} leaves {sorted(entry.name for entry in path.parent.iterdir())}"
+    if code and not (last and last[0].startswith("error: got ")):
+        return f"exit {code} says {last}"
+    if path.read_bytes() != before:
+        return "the input has changed"
+    if written:
+        onnx.checker.check_model(str(out))
+    return f"exit {code}" if code != 4 else f"exit 4: {last[0]}"
+
+
+def survive(cases: Iterable[bytes], job: Callable[[Path], str]) -> Iterator[str]:
+    """How `job` ends on each case."""
+    context = multiprocessing.get_context("spawn")
+    worker, pipe = _start(context, job)
+    try:
+        for case in cases:
+            pipe.send(case)
+            if not pipe.poll(KILL_AFTER_S):
+                worker.kill()
+                yield "hangs"
+            else:
+                try:
+                    yield pipe.recv()
+                    continue
+                except EOFError:
+                    worker.join()
+                    yield f"dies with exit code {worker.exitcode}"
+            worker, pipe = _start(context, job)
+    finally:
+        worker.kill()
+        worker.join()
+
+
+def _start(context: SpawnContext, job: Callable[[Path], str]) -> tuple[SpawnProcess, Connection]:
+    ours, theirs = context.Pipe()
+    worker = context.Process(target=_work, args=(theirs, job), daemon=True)
+    worker.start()
+    theirs.close()
+    assert ours.recv() == "ready"  # importing everything does not count as hanging
+    return worker, ours
+
+
+def _work(pipe: Connection, job: Callable[[Path], str]) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    pipe.send("ready")
+    with tempfile.TemporaryDirectory() as folder:
+        while True:
+            case = pipe.recv()
+            with tempfile.TemporaryDirectory(dir=folder) as room:
+                path = Path(room) / "model.onnx"
+                path.write_bytes(case)
+                try:
+                    end = job(path)
+                except Exception as error:  # any exception at all is a finding
+                    end = f"{type(error).__name__}: {error}"
+            pipe.send(end)

@@ -1,0 +1,112 @@
+"""Spectra and truncated factors against numpy's SVD in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from onnx_lowrank.linalg import Spectrum, leading_subspace, spectrum
+
+Matrix = NDArray[np.float64]
+
+
+def decaying(groups: int, rows: int, columns: int, seed: int, condition: float = 1e3) -> Matrix:
+    """Random singular vectors, singular values falling geometrically from 1 to 1 / `condition`."""
+    rng = np.random.default_rng(seed)
+    k = min(rows, columns)
+    u = np.linalg.qr(rng.standard_normal((groups, rows, k)))[0]
+    v = np.linalg.qr(rng.standard_normal((groups, columns, k)))[0]
+    return np.einsum("gmk,k,gnk->gmn", u, np.geomspace(1, 1 / condition, k), v)
+
+
+def check(matrix: Matrix, cut: Spectrum) -> None:
+    """Every truncation is as good as numpy's, and the errors told are those of the product."""
+    sigma = np.linalg.svd(matrix, compute_uv=False)
+    np.testing.assert_allclose(cut.values, sigma, atol=2e-8 * sigma.max())
+    norm = np.linalg.norm(matrix)
+    for rank in range(1, sigma.shape[1] + 1):
+        a, b = cut.truncated(rank)
+        assert a.shape == (*matrix.shape[:2], rank)
+        assert b.shape == (matrix.shape[0], rank, matrix.shape[2])
+        difference = matrix - a @ b
+        assert np.linalg.norm(difference) / norm == pytest.approx(cut.tail(rank), abs=5e-8)
+        assert cut.tail(rank) == pytest.approx(np.linalg.norm(sigma[:, rank:]) / norm, abs=5e-8)
+        assert np.linalg.norm(difference, 2, axis=(1, 2)).max() / sigma.max() == pytest.approx(
+            cut.next_value(rank), abs=5e-8
+        )
+
+
+@given(st.integers(1, 3), st.integers(1, 12), st.integers(1, 12), st.integers(0, 9))
+@settings(deadline=None, max_examples=25)
+def test_stacks_of_tall_wide_and_square_matrices(groups: int, rows: int, columns: int, seed: int) -> None:
+    matrix = decaying(groups, rows, columns, seed)
+    cut = spectrum(matrix)
+    assert cut.left == (rows <= columns)
+    check(matrix, cut)
+
+
+@pytest.mark.parametrize("shape", [(30, 4), (4, 30)])
+def test_near_singular(shape: tuple[int, int]) -> None:
+    matrix = decaying(2, *shape, seed=1, condition=1e12)
+    cut = spectrum(matrix)
+    check(matrix, cut)
+    a, b = cut.truncated(min(shape))
+    assert np.isfinite(a).all()
+    assert np.isfinite(b).all()
+
+
+def test_full_rank_gives_the_matrix_back_to_rounding_error() -> None:
+    matrix = decaying(3, 20, 14, seed=2, condition=1e10)
+    a, b = spectrum(matrix).truncated(14)
+    assert np.abs(a @ b - matrix).max() < 1e-13
+
+
+def test_exact_low_rank_has_no_tail() -> None:
+    rng = np.random.default_rng(3)
+    matrix = rng.standard_normal((1, 15, 3)) @ rng.standard_normal((1, 3, 11))
+    assert spectrum(matrix).tail(3) < 1e-7
+    assert spectrum(matrix).tail(2) > 1e-2
+
+
+def test_zero_matrix() -> None:
+    cut = spectrum(np.zeros((2, 5, 3)))
+    a, b = cut.truncated(2)
+    assert (cut.tail(1), cut.next_value(1)) == (0.0, 0.0)
+    assert not (a @ b).any()
+
+
+def test_one_zero_matrix_in_a_stack_is_not_divided_by_zero() -> None:
+    matrix = decaying(2, 6, 5, seed=4)
+    matrix[1] = 0
+    a, b = spectrum(matrix).truncated(3)
+    assert not (a[1] @ b[1]).any()
+    assert np.isfinite(a).all()
+    assert np.isfinite(b).all()
+
+
+def test_scale_is_shared_by_both_factors() -> None:
+    """Half precision has five bits of exponent: neither factor may take all of the weight's scale."""
+    matrix = 1e4 * decaying(1, 9, 7, seed=5)
+    a, b = spectrum(matrix).truncated(4)
+    np.testing.assert_allclose(np.linalg.norm(a[0], axis=0), np.linalg.norm(b[0], axis=1), rtol=1e-8)
+
+
+def test_float32_input_is_decomposed_in_float64() -> None:
+    matrix = decaying(1, 8, 8, seed=6).astype(np.float32)
+    cut = spectrum(matrix)
+    assert cut.values.dtype == np.float64
+    check(matrix.astype(np.float64), cut)
+
+
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6), (7, 7)])
+def test_leading_subspace(shape: tuple[int, int]) -> None:
+    matrix = decaying(1, *shape, seed=7)[0]
+    basis, values = leading_subspace(matrix, 3)
+    u, sigma, _ = np.linalg.svd(matrix)
+    np.testing.assert_allclose(basis.T @ basis, np.eye(3), atol=1e-12)
+    np.testing.assert_allclose(basis @ basis.T, u[:, :3] @ u[:, :3].T, atol=1e-8)
+    np.testing.assert_allclose(values[: min(shape)], sigma, atol=1e-7)
+    assert len(values) == shape[0]
