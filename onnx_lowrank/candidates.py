@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -14,6 +15,7 @@ from onnx_lowrank.plan import KEEP
 Cost = Literal["ms", "macs", "params"]
 # Kernels differ in efficiency: a format with up to this many times the padded MACs of another may still be the faster.
 FORMAT_SLACK = 1.5
+SMALLEST_SHARE = 1e-9
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,13 @@ class Candidate:
 
     @property
     def loss(self) -> float:
-        """Predicted damage, additive over layers: the squared relative error, as for white inputs and unit gain."""
-        return self.error**2
+        """Predicted damage, additive over layers: -log(1 - error^2).
+
+        1 - error^2 is the share of the layer's energy that is kept; what passes through the network is taken to be the
+        product of the shares (Zhang et al., TPAMI 2016, on PCA energies). Unlike error^2 alone it has no ceiling: a
+        layer is never given up to save the others.
+        """
+        return -math.log(max(1.0 - self.error**2, SMALLEST_SHARE))
 
     def cost(self, of: Cost) -> float:
         """What the candidate takes from the budget.

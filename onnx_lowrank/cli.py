@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
+import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -52,9 +54,10 @@ from onnx_lowrank.cli_options import (
 from onnx_lowrank.data import read_npz
 from onnx_lowrank.demo import run_demo
 from onnx_lowrank.display import catalogue_table, phases_on
+from onnx_lowrank.divergence import first_divergence
 from onnx_lowrank.doctor import diagnose
 from onnx_lowrank.doctor import render as render_findings
-from onnx_lowrank.errors import GoalNotReachedError, LowRankError
+from onnx_lowrank.errors import GoalNotReachedError, InputError, LowRankError
 from onnx_lowrank.graph import io
 from onnx_lowrank.plan import Plan
 from onnx_lowrank.profile import profile as profile_models
@@ -125,6 +128,11 @@ def optimize(
     """Make MODEL faster: factor its layers where that was measured to pay."""
     asked = given(locals(), recipe)
     settings = settings_of(asked, provider_option or ())
+    pipeline.check_paths(out, model, recipe)
+    if plan_out is not None:
+        pipeline.check_paths(plan_out, model, out, settings.calibration, settings.eval, recipe)
+    if report is not None and report.exists() and not report.is_dir():
+        raise InputError(f"--report {report}, which is no folder", "a folder", "give another path")
     result, plan = pipeline.optimize(model, out, settings, phases_on(_err))
     if report is not None:
         result.write(report)
@@ -173,7 +181,7 @@ def plan(
 ) -> None:
     """Do the same analysis, write the plan and no model."""
     settings = settings_of(given(locals(), recipe), provider_option or ())
-    pipeline.check_paths(model, out)
+    pipeline.check_paths(out, model, settings.calibration, recipe)
     outcome = pipeline.plan(model, settings, phases_on(_err))
     made = outcome.best.plan
     io.write_text(out, made.to_json())
@@ -222,10 +230,16 @@ def validate(
     signature = signature_of(io.load(original).to_proto())
     dataset = None if data is None else read_npz(data, signature.inputs)
     found = compare(original, optimized, settings.target, dataset, max_error, seed=settings.seed)
+    parted = None
+    if bisect:
+        tolerance = settings.goal.value
+        parted = first_divergence(original, optimized, settings.target, dataset, tolerance, seed=settings.seed)
     if as_json:
-        typer.echo(json.dumps(found.to_dict(), indent=1))
+        typer.echo(json.dumps(found.to_dict() | ({"bisect": parted.to_dict()} if parted else {}), indent=1))
     else:
         _out.print(render(found))
+        if parted:
+            _out.print(str(parted), markup=False, highlight=False, soft_wrap=True)
     found.require_valid()
 
 
@@ -314,26 +328,32 @@ def demo(
 
 def main() -> None:
     """Run the command line; never a traceback for bad input."""
+    signal.signal(signal.SIGTERM, _terminate)
     sys.exit(run(sys.argv[1:]))
 
 
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit code."""
     try:
-        result = app(arguments, standalone_mode=False)
+        code = int(app(arguments, standalone_mode=False) or 0)
     except LowRankError as error:
         _complain(str(error))
         return error.exit_code
     except _USAGE_ERROR as error:
-        message = error.format_message() if hasattr(error, "format_message") else str(error)
-        _complain(f"got {' '.join(arguments) or 'no arguments'}; {' '.join(str(message).split())} Try --help.")
+        said = str(getattr(error, "format_message", error.__str__)()).rstrip(".")  # the parser's word for what is wrong
+        got = (shlex.join(arguments) or "no arguments") + (f" ({said})" if said else "")
+        _complain(str(InputError(got, "a command with its arguments", "see --help")))
         return 2
-    except typer.Exit as stop:
-        return stop.exit_code
     except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    if code == INTERRUPTED:  # which is also what newer releases of typer make of Ctrl-C
         _complain("interrupted; nothing was written")
-        return INTERRUPTED
-    return int(result or 0)
+    return code
+
+
+def _terminate(number: int, _: object) -> None:
+    # As an exception, so that what is not finished is cleared away.
+    raise SystemExit(128 + number)
 
 
 def _complain(message: str) -> None:

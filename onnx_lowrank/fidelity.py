@@ -104,11 +104,11 @@ class FidelityMeter:
     ) -> None:
         """Add one batch; outputs whose leading axis is not `samples` long count as one sample.
 
-        Sequences and maps have no distance and are left out of the result.
+        Sequences, maps and arrays without elements have no distance and are left out of the result.
         """
         for name, first in reference.items():
             second = candidate[name]
-            if not (isinstance(first, np.ndarray) and isinstance(second, np.ndarray)):
+            if not (isinstance(first, np.ndarray) and isinstance(second, np.ndarray)) or first.size == second.size == 0:
                 continue
             state = self._outputs.setdefault(name, _Output(self._kind(name, first), first.dtype.kind not in "iubOUS"))
             count = samples if first.ndim and len(first) == samples else 1

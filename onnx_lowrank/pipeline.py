@@ -18,7 +18,7 @@ from onnx_lowrank.plan import Plan
 from onnx_lowrank.progress import Phases
 from onnx_lowrank.report.assemble import assemble
 from onnx_lowrank.report.model import Report
-from onnx_lowrank.search.analysis import Source, analyse, read_source
+from onnx_lowrank.search.analysis import Source, analyse, read_source, tuned_for
 from onnx_lowrank.search.loop import Outcome
 from onnx_lowrank.settings import Settings
 from onnx_lowrank.transform import Pass
@@ -45,9 +45,11 @@ def optimize(
     """
     model, out = Path(model), Path(out)
     settings, phases = settings or Settings(), phases or Phases()
-    check_paths(model, out)
+    check_paths(out, model, settings.calibration, settings.eval)
     with phases.phase("read"):
         source = read_source(model, settings.calibration, settings.eval)
+        io.spare_sources(source.graph, out)
+    settings = tuned_for(source, settings, phases)
     with staging(out) as folder:
         analysis = analyse(source, settings, folder, phases)
         report = assemble(analysis, settings, folder / out.name, phases)
@@ -64,6 +66,7 @@ def plan(model: Path | str, settings: Settings | None = None, phases: Phases | N
     settings, phases = settings or Settings(), phases or Phases()
     with phases.phase("read"):
         source = read_source(Path(model), settings.calibration, settings.eval)
+    settings = tuned_for(source, settings, phases)
     with tempfile.TemporaryDirectory(prefix="onnx-lowrank-") as folder:
         return analyse(source, settings, Path(folder), phases).outcome
 
@@ -81,12 +84,13 @@ def apply(
         force: Realise the plan although it was made for another model or other data.
 
     Raises:
-        InputError: if the plan was made for another model or other data.
-        PassError: if it does not fit the model.
+        InputError: if the plan was made for another model or other data, or does not fit the model.
+        PassError: if a pass fails.
     """
     model, out = Path(model), Path(out)
-    check_paths(model, out)
+    check_paths(out, model, calibration)
     source = read_source(model, calibration)
+    io.spare_sources(source.graph, out)
     _check_conditions(source, a_plan, force=force)
     passes: list[Pass] = []
     for spec in a_plan.passes:
@@ -100,21 +104,26 @@ def apply(
         publish(folder / out.name, out)
 
 
-def check_paths(model: Path, out: Path) -> None:
-    """Refuse an output that would destroy the input or cannot be written.
+def check_paths(out: Path, *inputs: Path | None) -> None:
+    """Refuse an output that would destroy an input or cannot be written.
 
     Raises:
         InputError: with what is wrong.
     """
     parent = out.absolute().parent
-    if out.exists() and model.exists() and model.samefile(out):
-        raise InputError(f"the same file {model} as input and output", "two files", "give another --output")
+    for read in inputs:
+        if read is not None and (out.resolve() == read.resolve() or (out.exists() and _same(out, read))):
+            raise InputError(f"{out} to write to, the same file as {read}", "a file of its own", "choose another one")
     if out.is_dir():
         raise InputError(f"the folder {out} as output", "a file name", f"write to {out / 'model.onnx'}")
     if not parent.is_dir():
         raise InputError(f"output in {parent}, which is no folder", "an existing folder", "make it first")
     if not os.access(parent, os.W_OK):
         raise InputError(f"output in {parent}, which is not writable", "a writable folder", "choose another one")
+
+
+def _same(out: Path, read: Path) -> bool:
+    return read.exists() and read.samefile(out)
 
 
 @contextlib.contextmanager

@@ -100,6 +100,9 @@ def profile(models: Sequence[Path], target: Target, feeds: Feeds | None = None, 
     """
     if not models:
         raise InputError("no model", "at least one ONNX file", "name one")
+    for path in models:
+        if not path.is_file():
+            raise InputError(f"{path}, which does not exist", "an ONNX file", "check the path")
     opened = [_open_best(path, target, feeds) for path in models]
     result = paired([o.session for o in opened], [o.feeds for o in opened], budget_s=budget_s)
     profiles = (_model_profile(o, result, index, target) for index, o in enumerate(opened))

@@ -137,6 +137,8 @@ def splice(graph: Graph, replacements: Iterable[Replacement]) -> dict[str, int]:
         for scope, node, use in sites:
             new[id(node)] = _stamped(graph, node, _lowered(graph, node, use, chain, names), replacement.stamp)
             unread.append((scope, node.input[1 - use.activation_operand]))
+    if not new:
+        return count  # not even what nobody read before leaves the graph
     _exchange(graph, new)
     while unread:
         unread = _drop(graph, unread)

@@ -11,7 +11,6 @@ import contextlib
 import functools
 import io
 import platform
-import re
 import tempfile
 import time
 from collections.abc import Generator, Mapping, Sequence
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import onnxruntime.capi.onnxruntime_pybind11_state as ort_state
 from numpy.typing import NDArray
@@ -29,7 +29,8 @@ from onnx_lowrank.errors import InputError, ProviderError
 from onnx_lowrank.kernel_trace import KernelEvent, read_events, shapes_by_node
 from onnx_lowrank.layer import NodeShapes
 from onnx_lowrank.native_log import captured_stderr, native_reason
-from onnx_lowrank.signature import Feeds, Signature, TensorSpec
+from onnx_lowrank.placement import shapes_only, unloadable
+from onnx_lowrank.signature import Feeds, Signature, TensorSpec, parsed_spec
 from onnx_lowrank.target import PROVIDERS, Target
 
 _LEVELS = {
@@ -49,10 +50,6 @@ _ERRORS: tuple[type[Exception], ...] = (  # onnxruntime's own exceptions share n
     *(ort_state.NoSuchFile, ort_state.NotImplemented, ort_state.RuntimeException, RuntimeError, ValueError),
 )
 _PROBE = parser.parse_model('<ir_version: 7, opset_import: ["": 13]> one (float[1] x) => (float[1] y) { y = Relu(x) }')
-_ELEM_TYPES = {  # onnxruntime spells types like C++
-    **{name.lower(): number for name, number in TensorProto.DataType.items()},
-    "float": TensorProto.FLOAT,
-}
 
 
 class UnsupportedTypeError(ProviderError):
@@ -62,24 +59,30 @@ class UnsupportedTypeError(ProviderError):
 class BoundRun:
     """A session with its inputs and outputs bound to memory on the device, ready to be timed again and again."""
 
-    def __init__(self, session: ort.InferenceSession, feeds: Feeds, device: str) -> None:
-        self._session, self._binding = session, session.io_binding()
-        self._inputs = {name: ort.OrtValue.ortvalue_from_numpy(array, device) for name, array in feeds.items()}
+    def __init__(self, session: ort.InferenceSession, feeds: Feeds, device: tuple[str, int]) -> None:
+        self._session, self._binding, self._device = session, session.io_binding(), device
+        self._inputs = {
+            # Text stays on the host: devices have no strings.
+            name: ort.OrtValue.ortvalue_from_numpy(array, *(device if array.dtype.kind not in "OUS" else ("cpu", 0)))
+            for name, array in feeds.items()
+        }
         for name, value in self._inputs.items():
             self._binding.bind_ortvalue_input(name, value)
-        declared = session.get_outputs()
-        for output in declared:
-            self._binding.bind_output(output.name, device)
-        session.run_with_iobinding(self._binding)
+        declared = _specs(session.get_outputs())
+        self._without_room = [spec.name for spec in declared]
+        self.seconds()
         self._outputs = self._binding.get_outputs()
-        for output, value in zip(declared, self._outputs, strict=True):
-            if value.has_value() and value.is_tensor() and value.data_type() != "tensor(string)":
-                # Room of another shape than declared is refused, and exporters do declare wrong shapes.
-                if _fits(output.shape, value.shape()):
-                    self._binding.bind_ortvalue_output(output.name, value)
+        for spec, value in zip(declared, self._outputs, strict=True):
+            # Room of another shape than declared is refused, and exporters declare wrong shapes.
+            plain = value.has_value() and value.is_tensor() and spec.elem_type != TensorProto.STRING
+            if plain and spec.fits(value.shape()):
+                self._binding.bind_ortvalue_output(spec.name, value)
+                self._without_room.remove(spec.name)
 
     def seconds(self) -> float:
         """Run once; wall clock until the outputs are complete."""
+        for name in self._without_room:
+            self._binding.bind_output(name, *self._device)
         start = time.perf_counter()
         self._session.run_with_iobinding(self._binding)
         self._binding.synchronize_outputs()
@@ -87,11 +90,15 @@ class BoundRun:
 
 
 class Session:
-    """An onnxruntime session whose provider and node placement were checked; made by `open_session`."""
+    """An onnxruntime session whose provider and node placement were checked; made by `open_session`.
 
-    def __init__(self, session: ort.InferenceSession, target: Target, label: str) -> None:
-        self._session, self.target, self.label = session, target, label
-        self.signature = Signature(tuple(map(_spec, session.get_inputs())), tuple(map(_spec, session.get_outputs())))
+    Attributes:
+        on_host: Shape computations that run on the CPU beside the provider asked for, as onnxruntime wants it.
+    """
+
+    def __init__(self, session: ort.InferenceSession, target: Target, label: str, on_host: Sequence[str]) -> None:
+        self._session, self.target, self.label, self.on_host = session, target, label, on_host
+        self.signature = Signature(_specs(session.get_inputs()), _specs(session.get_outputs()))
 
     def run(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
         """Outputs by name.
@@ -109,9 +116,8 @@ class Session:
         Raises:
             InputError: as for `run`.
         """
-        device = "cuda" if self.target.provider in {"cuda", "tensorrt"} else "cpu"
         with self._running():
-            return BoundRun(self._session, feeds, device)
+            return BoundRun(self._session, feeds, self.target.device)
 
     def time(self, feeds: Feeds, repeats: int) -> list[float]:
         """Seconds of each of `repeats` runs after one that is not counted; no copies from or to the host inside."""
@@ -132,7 +138,13 @@ class Session:
             raise InputError(got, wanted, "give inputs like these") from error
 
 
-def open_session(model: Path | bytes, target: Target, level: str = "all", profile_to: Path | None = None) -> Session:
+def open_session(
+    model: Path | bytes,
+    target: Target,
+    level: str = "all",
+    profile_to: Path | None = None,
+    folder: Path | None = None,
+) -> Session:
     """Open a model on exactly the provider of `target`.
 
     Args:
@@ -140,13 +152,15 @@ def open_session(model: Path | bytes, target: Target, level: str = "all", profil
         target: Provider, its options, threads, and whether nodes may fall back to the CPU provider.
         level: Graph optimization level: none, basic, extended or all.
         profile_to: An existing folder that receives onnxruntime's profile; see `Session.profile_events`.
+        folder: Where the external data of a serialized model lie.
 
     Raises:
         InputError: if onnxruntime cannot load the model.
         UnsupportedTypeError: if a kernel is missing, as for bfloat16 convolutions on the CPU.
         ProviderError: if the provider cannot load here, does not know an option, or leaves nodes to another provider.
     """
-    return _open(model, target, level, profile_to, {})
+    config = {} if folder is None else {"session.model_external_initializers_file_folder_path": str(folder)}
+    return _open(model, target, level, profile_to, config)
 
 
 def trace(model: Path | bytes, feeds: Feeds, target: Target) -> dict[str, list[NodeShapes]]:
@@ -216,7 +230,7 @@ def _open(
     name, foreign = target.provider_name, target.provider != "cpu"
     if name not in ort.get_available_providers():
         built = ", ".join(listed_providers())
-        raise _provider_error(target, f"this onnxruntime was built with {built} only")
+        raise unloadable(target, f"this onnxruntime was built with {built} only")
     if target.provider in {"cuda", "tensorrt"} and hasattr(ort, "preload_dlls"):
         with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find; the session says it better
             ort.preload_dlls()
@@ -229,15 +243,14 @@ def _open(
             raise _load_error(error, target, label) from error
         said = complaints()
     if session.get_providers()[0] != name:
-        raise _provider_error(target, said or "onnxruntime gives no reason")
+        raise unloadable(target, said or "onnxruntime gives no reason")
     if unknown := set(target.provider_options) - set(session.get_provider_options()[name]):
         known = ", ".join(sorted(session.get_provider_options()[name])) or "none: it has no options"
         raise ProviderError(
             f"unknown option {', '.join(sorted(unknown))} of provider {target.provider}", known, "correct it"
         )
-    if foreign and placement and not target.allow_fallback:
-        _check_placement(session, target)
-    return Session(session, target, label)
+    on_host = _check_placement(session, target, model) if foreign and placement and not target.allow_fallback else ()
+    return Session(session, target, label, on_host)
 
 
 def _session_options(target: Target, level: str, profile_to: Path | None, config: Mapping[str, str]) -> Any:
@@ -253,22 +266,15 @@ def _session_options(target: Target, level: str, profile_to: Path | None, config
     return options
 
 
-def _check_placement(session: ort.InferenceSession, target: Target) -> None:
+def _check_placement(session: ort.InferenceSession, target: Target, model: Path | bytes) -> tuple[str, ...]:
     if not hasattr(session, "get_provider_graph_assignment_info"):  # onnxruntime < 1.24
-        return
-    strays = [
-        f"{node.op_type} {node.name}".strip()
-        for part in session.get_provider_graph_assignment_info()
-        if part.ep_name != target.provider_name
-        for node in part.get_nodes()
-    ]
-    if strays:
-        more = f" and {len(strays) - 3} more" if len(strays) > 3 else ""
-        raise ProviderError(
-            f"{len(strays)} nodes that {target.provider} leaves to another provider ({', '.join(strays[:3])}{more})",
-            f"every node on {target.provider_name}",
-            "allow it with --allow-fallback, or choose another provider",
-        )
+        return ()
+    parts = [part for part in session.get_provider_graph_assignment_info() if part.ep_name != target.provider_name]
+    elsewhere = [(str(node.op_type), str(node.name)) for part in parts for node in part.get_nodes()]
+    if not elsewhere:
+        return ()
+    proto = onnx.load(model, load_external_data=False) if isinstance(model, Path) else onnx.load_from_string(model)
+    return shapes_only(elsewhere, proto, target)
 
 
 def _load_error(error: Exception, target: Target, label: str) -> InputError | ProviderError:
@@ -280,7 +286,7 @@ def _load_error(error: Exception, target: Target, label: str) -> InputError | Pr
             "convert the model to float32, or choose another provider",
         )
     if target.provider != "cpu" and isinstance(error, (RuntimeError, ValueError, ort_state.EPFail)):
-        return _provider_error(target, reason)
+        return unloadable(target, reason)
     return InputError(
         f"{label}, which onnxruntime {ort.__version__} cannot load ({reason})",
         "a model that onnxruntime runs",
@@ -288,21 +294,5 @@ def _load_error(error: Exception, target: Target, label: str) -> InputError | Pr
     )
 
 
-def _provider_error(target: Target, reason: str) -> ProviderError:
-    return ProviderError(
-        f"provider {target.provider} that does not load here ({native_reason(reason)})",
-        f"a working {target.provider_name}",
-        "install what it needs (onnx-lowrank doctor says more), or choose another provider",
-    )
-
-
-def _fits(declared: Sequence[int | str | None], shape: Sequence[int]) -> bool:
-    return len(declared) == len(shape) and all(
-        not isinstance(dim, int) or dim == size for dim, size in zip(declared, shape, strict=True)
-    )
-
-
-def _spec(meta: Any) -> TensorSpec:
-    match = re.fullmatch(r"tensor\((\w+)\)", meta.type)
-    elem_type = _ELEM_TYPES.get(match[1], 0) if match else 0
-    return TensorSpec(meta.name, elem_type, tuple(meta.shape) if match else ())
+def _specs(values: Sequence[Any]) -> tuple[TensorSpec, ...]:
+    return tuple(parsed_spec(value.name, value.type, value.shape) for value in values)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, TensorShapeProto, TypeProto, ValueInfoProto, helper
+
+_ELEM_TYPES = {name.lower(): number for name, number in TensorProto.DataType.items()}
 
 Dim = int | str | None
 Feeds = Mapping[str, NDArray[np.generic]]
@@ -37,6 +40,12 @@ class TensorSpec:
         """Whether the elements are real numbers of any width, bfloat16 included."""
         return TensorProto.DataType.Name(self.elem_type).startswith(("FLOAT", "DOUBLE", "BFLOAT"))
 
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether `shape` has this rank and agrees with the sizes that are fixed."""
+        return len(shape) == len(self.shape) and all(
+            not isinstance(dim, int) or dim == size for dim, size in zip(self.shape, shape, strict=True)
+        )
+
     def __str__(self) -> str:
         dims = "x".join("?" if dim is None else str(dim) for dim in self.shape) or "scalar"
         return f"{self.name!r} {TensorProto.DataType.Name(self.elem_type).lower()} {dims}"
@@ -48,6 +57,13 @@ class Signature:
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+
+
+def parsed_spec(name: str, type_: str, shape: Sequence[Dim]) -> TensorSpec:
+    """From onnxruntime's words: `tensor(float)`, or another type, which has no element type and no shape here."""
+    match = re.fullmatch(r"tensor\((\w+)\)", type_)
+    elem_type = _ELEM_TYPES.get(match[1], TensorProto.UNDEFINED) if match else TensorProto.UNDEFINED
+    return TensorSpec(name, elem_type, tuple(shape) if match else ())
 
 
 def signature_of(model: ModelProto) -> Signature:

@@ -77,6 +77,9 @@ def resolve_shapes(
         if guessed:
             text = _text(shapes[spec.name])
             notes.append(f"input {spec} is taken as {text}; set it with --shape {spec.name}={text}")
+    if shapes and all(0 in shape for shape in shapes.values()):
+        listed = ", ".join(map(str, signature))
+        raise InputError(f"no value in any input ({listed})", "inputs that hold something", "export the model again")
     return shapes, notes
 
 
@@ -152,7 +155,7 @@ def _check_shape(spec: TensorSpec, shape: Shape) -> None:
         raise InputError(
             f"{option} with {len(shape)} dimensions", f"{len(spec.shape)} as in input {spec}", "correct it"
         )
-    if any(isinstance(dim, int) and dim != size for dim, size in zip(spec.shape, shape, strict=True)):
+    if not spec.fits(shape):
         raise InputError(option, f"a shape that fits input {spec}", "change the open dimensions only")
 
 

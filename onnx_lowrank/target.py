@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from onnx_lowrank.errors import InputError
 
@@ -20,6 +20,8 @@ PROVIDERS = {
     "xnnpack": "XnnpackExecutionProvider",
 }
 LEVELS = ("all", "extended")
+# onnxruntime's CUDA provider picks cuDNN's convolution algorithms by rule or by trial; either may win by far (#22705).
+CONV_SEARCHES = ("HEURISTIC", "EXHAUSTIVE")
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,28 @@ class Target:
     def provider_name(self) -> str:
         """Onnxruntime's name of the provider."""
         return PROVIDERS[self.provider]
+
+    @property
+    def device(self) -> tuple[str, int]:
+        """Where inputs and outputs live while a model is timed: kind of memory, and number of the device."""
+        if self.provider not in {"cuda", "tensorrt"}:
+            return "cpu", 0
+        number = self.provider_options.get("device_id", "0")
+        return "cuda", int(number) if number.isdecimal() else 0
+
+    def exact(self) -> Target:
+        """The same with plain float32 arithmetic, for comparing numbers: TensorFloat-32 alone differs by 1e-3."""
+        if self.provider != "cuda":
+            return self
+        return replace(self, provider_options={**self.provider_options, "use_tf32": "0"})
+
+    def variants(self) -> tuple[Target, ...]:
+        """The provider options worth timing where the user leaves them open; at least the target itself."""
+        if self.provider != "cuda":
+            return (self,)
+        given = {"use_tf32": "1", **self.provider_options}
+        searches = (given["cudnn_conv_algo_search"],) if "cudnn_conv_algo_search" in given else CONV_SEARCHES
+        return tuple(replace(self, provider_options={**given, "cudnn_conv_algo_search": each}) for each in searches)
 
 
 _SHAPE = re.compile(r"^(?P<name>.+?)=(?P<dims>[0-9]+(x[0-9]+)*|scalar)(\*(?P<weight>[0-9.eE+-]+))?$")

@@ -5,14 +5,12 @@ Only the two files on disk are opened: what is compared is what will be deployed
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import onnx
 from google.protobuf.message import DecodeError
-from onnx.reference import ReferenceEvaluator
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -21,16 +19,9 @@ from onnx_lowrank.data import Dataset
 from onnx_lowrank.errors import InputError, InvalidResultError
 from onnx_lowrank.fidelity import FidelityMeter, OutputFidelity
 from onnx_lowrank.graph import check_file, load
-from onnx_lowrank.runtime import UnsupportedTypeError, open_session
-from onnx_lowrank.signature import Feeds, Signature, TensorSpec, index_bounds, signature_of
-from onnx_lowrank.synthetic import batch_size, leading_size, resolve_shapes, synthetic_feeds
+from onnx_lowrank.side_by_side import batches_for, open_pair
+from onnx_lowrank.signature import Signature, TensorSpec, signature_of
 from onnx_lowrank.target import Target
-
-logger = logging.getLogger(__name__)
-Run = Callable[[Feeds], Mapping[str, object]]
-SYNTHETIC_BATCHES = 8
-_REFERENCE_BATCHES = 2
-_SMALL_IMAGE, _SMALL_OTHER = 32, 8
 
 
 @dataclass(frozen=True)
@@ -132,22 +123,20 @@ def compare(
     """
     before, after = _read(original), _read(optimized)
     check_file(optimized, load(original).tolerated)
-    signature = signature_of(before)
-    _check_signature(optimized, signature, signature_of(after))
-    (run_before, run_after), engine = _runners(original, optimized, target)
-    small = engine != "onnxruntime"
-    feeds, notes = _feeds(before, signature, target, dataset, seed=seed, small=small)
-    if small:
-        notes.append(f"{target.provider_name} has no kernels for the element types used: compared with {engine}")
+    _check_signature(optimized, signature_of(before), signature_of(after))
+    pair = open_pair(original, optimized, target)
+    batches, notes = batches_for(before, target, dataset, seed=seed, small=not pair.exact)
+    if not pair.exact:
+        notes.append(f"{target.provider_name} has no kernels for the element types used: compared with {pair.engine}")
     meter, samples = FidelityMeter(logits), 0
-    for feed, count in feeds:
-        meter.update(run_before(feed), run_after(feed), count)
+    for reference, candidate, count in pair.outputs(batches):
+        meter.update(reference, candidate, count)
         samples += count
     return Validation(
         original=str(original),
         optimized=str(optimized),
         data="held-out" if dataset is not None else "synthetic",
-        engine=engine,
+        engine=pair.engine,
         samples=samples,
         relative_error=meter.relative_error,
         outputs=meter.result(),
@@ -201,52 +190,3 @@ def _check_signature(path: Path, before: Signature, after: Signature) -> None:
 
 def _specs(specs: Collection[TensorSpec]) -> str:
     return ", ".join(map(str, specs))
-
-
-def _runners(original: Path, optimized: Path, target: Target) -> tuple[tuple[Run, Run], str]:
-    level = target.levels[0]
-    try:
-        sessions = open_session(original, target, level), open_session(optimized, target, level)
-    except UnsupportedTypeError as error:
-        logger.info("validated with onnx.reference: %s", error)
-        return (_reference(original), _reference(optimized)), "onnx.reference"
-    return (sessions[0].run, sessions[1].run), "onnxruntime"
-
-
-def _reference(path: Path) -> Run:
-    evaluator = ReferenceEvaluator(str(path))
-    names = [str(name) for name in evaluator.output_names]
-
-    def run(feeds: Feeds) -> Mapping[str, object]:
-        return dict(zip(names, evaluator.run(None, dict(feeds)), strict=True))
-
-    return run
-
-
-def _feeds(
-    model: onnx.ModelProto,
-    signature: Signature,
-    target: Target,
-    dataset: Dataset | None,
-    *,
-    seed: int,
-    small: bool,
-) -> tuple[Iterator[tuple[Feeds, int]], list[str]]:
-    """Feeds with the number of samples in each, and what had to be guessed for them."""
-    if dataset is not None:
-        size = dataset.batch or batch_size(signature.inputs, target)
-        used = dataset.take(slice(_REFERENCE_BATCHES * size)) if small else dataset
-        counts = [size] * (len(used) // size) + [len(used) % size] * bool(len(used) % size)
-        return zip(used.feeds(size), counts, strict=True), list(dataset.notes)
-    sizes = (_SMALL_IMAGE, _SMALL_OTHER) if small else ()
-    given = [entry.shapes for entry in target.shapes] or [{}]
-    resolved = [resolve_shapes(signature.inputs, shapes, *sizes) for shapes in given]
-    bounds = index_bounds(model)
-    batches = _REFERENCE_BATCHES if small else max(SYNTHETIC_BATCHES, len(resolved))
-
-    def draw() -> Iterator[tuple[Feeds, int]]:
-        for i in range(batches):
-            shapes = resolved[i % len(resolved)][0]
-            yield synthetic_feeds(signature.inputs, shapes, seed + i, bounds), leading_size(signature.inputs, shapes)
-
-    return draw(), sorted({note for _, notes in resolved for note in notes})

@@ -10,7 +10,7 @@ from typing import ClassVar
 from threadpoolctl import threadpool_limits
 
 from onnx_lowrank.decomposition import Decomposition, Factorization, Rank
-from onnx_lowrank.errors import PassError
+from onnx_lowrank.errors import InputError
 from onnx_lowrank.graph.layers import layers
 from onnx_lowrank.graph.model import Graph
 from onnx_lowrank.layer import Layer
@@ -43,7 +43,7 @@ class Factor(Pass):
         """Splice every chain.
 
         Raises:
-            PassError: for a layer this model does not have, an unknown method, or a rank the layer cannot have; the
+            InputError: for a layer this model does not have, an unknown method, or a rank the layer cannot have; the
                 graph is untouched then.
         """
         found, _ = layers(graph, check=False)
@@ -61,7 +61,7 @@ class Factor(Pass):
 
     def _check(self, choice: Choice, layer: Layer | None) -> None:
         if layer is None:
-            raise self._error(choice, "an unknown layer", "a key of this model", "make the plan again for this model")
+            raise self._error(choice, "no node", "a key of this model", "make the plan again for this model")
         method = self.methods.get(choice.method)
         if method is None:
             known = ", ".join(sorted(self.methods))
@@ -80,8 +80,8 @@ class Factor(Pass):
         stamp = {"method": choice.method, "rank": _product(choice.rank), "plan": self.plan.digest}
         return Replacement(layer, method.chain(layer.shape, choice.rank), cut.factors(choice.rank), stamp)
 
-    def _error(self, choice: Choice, got: str, expected: str, do: str) -> PassError:
-        return PassError(self.name, choice.key, got, expected, do)
+    def _error(self, choice: Choice, got: str, expected: str, do: str) -> InputError:
+        return InputError(f"{got} for layer {choice.key!r} in the plan", expected, do)
 
 
 def _within(rank: Rank, limit: Rank) -> bool:

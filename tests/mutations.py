@@ -48,7 +48,7 @@ def _change(proto: ModelProto, rng: np.random.Generator) -> None:
     if isinstance(held, Message):
         message.ClearField(field.name)
     elif field.enum_type is not None:
-        setattr(message, field.name, field.enum_type.values[rng.integers(len(field.enum_type.values))].number)
+        setattr(message, field.name, field.enum_type.values[int(rng.integers(len(field.enum_type.values)))].number)
     elif isinstance(held, str | bytes | int | float):
         setattr(message, field.name, _other(held, proto, rng))
     else:

@@ -232,7 +232,7 @@ def test_errors_never_rise_with_the_rank(method: Decomposition, shape: LayerShap
 
 def unfolded(method: Decomposition, weight: Array) -> Array:
     """The unfolding that a method's spectral error is relative to, (g, rows, columns)."""
-    groups, out, in_, *kernel = weight.shape
+    groups, out, _, *kernel = weight.shape
     first = method.first_axes(tuple(kernel)) if isinstance(method, TwoStage) else tuple(range(len(kernel)))
     last = tuple(axis for axis in range(len(kernel)) if axis not in first)
     order = (0, 1, *(3 + axis for axis in last), 2, *(3 + axis for axis in first))
@@ -307,8 +307,16 @@ def test_zero_weights_cost_nothing(method: Decomposition) -> None:
         ("svd", LayerShape(1, 1, 9), "9->1 is a vector: there is no rank to cut"),
         ("svd_input", LayerShape(1, 8, 9, (1, 1)), "9->8 1x1 has no kernel: svd gives the same chain"),
         ("svd_input", LayerShape(4, 1, 1, (3, 3)), "4*1->1 3x3 has one channel on a side: there is no rank to cut"),
-        ("spatial_svd", LayerShape(1, 8, 9, (3,)), "9->8 3 has fewer than two spatial axes: there is nothing to separate"),
-        ("spatial_svd", LayerShape(1, 8, 9, (1, 3)), "9->8 1x3 is 1 wide along one spatial axis: svd gives the same chain"),
+        (
+            "spatial_svd",
+            LayerShape(1, 8, 9, (3,)),
+            "9->8 3 has fewer than two spatial axes: there is nothing to separate",
+        ),
+        (
+            "spatial_svd",
+            LayerShape(1, 8, 9, (1, 3)),
+            "9->8 1x3 is 1 wide along one spatial axis: svd gives the same chain",
+        ),
         (
             "spatial_svd_reversed",
             LayerShape(1, 8, 9, (3, 1)),
@@ -321,7 +329,7 @@ def test_zero_weights_cost_nothing(method: Decomposition) -> None:
             "1->8 3x3 has one channel on a side: svd gives the same chain with one stage less",
         ),
     ],
-)  # fmt: skip
+)
 def test_refusals(method: str, shape: LayerShape, sentence: str) -> None:
     assert METHODS[method].refusal(shape) == sentence
 

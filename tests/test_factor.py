@@ -11,7 +11,7 @@ from chains import outputs, relative_error
 from onnx import ModelProto, helper
 
 from onnx_lowrank.decomposition import Factorization
-from onnx_lowrank.errors import PassError
+from onnx_lowrank.errors import InputError
 from onnx_lowrank.graph.layers import layers
 from onnx_lowrank.graph.model import Graph
 from onnx_lowrank.passes.decompose import decompositions
@@ -91,36 +91,36 @@ def test_weights_decomposed_before_are_not_decomposed_again() -> None:
     [
         (
             Choice("nowhere", "nowhere", "svd", (2,)),
-            "got an unknown layer in pass 'factor', node 'nowhere'; expected a key of this model; "
+            "got no node for layer 'nowhere' in the plan; expected a key of this model; "
             "make the plan again for this model",
         ),
         (
             Choice("gemm", "gemm", "magic", (2,)),
-            f"got unknown method 'magic' in pass 'factor', node 'gemm'; expected one of {', '.join(sorted(METHODS))}; "
+            f"got unknown method 'magic' for layer 'gemm' in the plan; expected one of {', '.join(sorted(METHODS))}; "
             "edit the plan",
         ),
         (
             Choice("gemm", "gemm", "svd", (6,)),
-            "got rank 6 of svd in pass 'factor', node 'gemm'; expected 1 to 5; edit the plan",
+            "got rank 6 of svd for layer 'gemm' in the plan; expected 1 to 5; edit the plan",
         ),
         (
             Choice("conv", "conv", "tucker2", (4,)),
-            "got rank 4 of tucker2 in pass 'factor', node 'conv'; expected 1 to 4x6; edit the plan",
+            "got rank 4 of tucker2 for layer 'conv' in the plan; expected 1 to 4x6; edit the plan",
         ),
         (
             Choice("conv", "conv", "svd"),
-            "got no rank of svd in pass 'factor', node 'conv'; expected 1 to 6; edit the plan",
+            "got no rank of svd for layer 'conv' in the plan; expected 1 to 6; edit the plan",
         ),
         (
             Choice("gemm", "gemm", "tucker2", (2, 2)),
-            "got tucker2 where 6->5 has no kernel: svd reaches the same error with one stage less in pass 'factor', "
-            "node 'gemm'; expected another method; edit the plan",
+            "got tucker2 where 6->5 has no kernel: svd reaches the same error with one stage less "
+            "for layer 'gemm' in the plan; expected another method; edit the plan",
         ),
     ],
 )
 def test_plans_that_do_not_fit(choice, text) -> None:
     original = two_layers()
     graph = Graph(original)
-    with pytest.raises(PassError, match=f"^{re.escape(text)}$"):
+    with pytest.raises(InputError, match=f"^{re.escape(text)}$"):
         Factor(plan(Choice("conv", "conv", "svd", (2,)), choice)).run(graph)
     assert graph.to_proto().SerializeToString() == original.SerializeToString()

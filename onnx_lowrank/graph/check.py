@@ -153,8 +153,9 @@ def skeleton(graph: Graph) -> ModelProto:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an exception's message that says something."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """The first sentence of an exception's message: a line that ends with a colon goes on in the next."""
+    text = re.sub(r":\s*\n\s*", ": ", str(error).strip())
+    return text.partition("\n")[0].strip() or type(error).__name__
 
 
 _STUB = "\0stub"

@@ -193,12 +193,8 @@ class _Store:
 
 
 def _save_external(graph: Graph, path: Path) -> None:
+    spare_sources(graph, path)
     target = path.with_name(f"{path.name}.data")
-    sources = {region(t, graph.folder).file for t in tensors(graph.to_proto(_bare)) if is_external(t)}
-    if target.resolve() in sources:
-        raise InputError(
-            f"{path}, whose weights would replace {target}", "files the model is not read from", "rename it"
-        )
     new = not target.exists()
     try:
         with _replacing(path) as file, _replacing(target) as data:
@@ -210,6 +206,19 @@ def _save_external(graph: Graph, path: Path) -> None:
         if new:
             target.unlink(missing_ok=True)
         raise
+
+
+def spare_sources(graph: Graph, path: Path) -> None:
+    """Refuse a path for the result whose external data would take the place of the data the model is read from.
+
+    Raises:
+        InputError: if they would.
+    """
+    target = path.with_name(f"{path.name}.data").resolve()
+    if target in {region(t, graph.folder).file for t in tensors(graph.to_proto(_bare)) if is_external(t)}:
+        raise InputError(
+            f"{path}, whose weights would replace {target}", "files the model is not read from", "rename it"
+        )
 
 
 def _bare(tensor: TensorProto) -> TensorProto:

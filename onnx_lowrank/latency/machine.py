@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import platform
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -56,13 +57,24 @@ def accelerator() -> str:
     """Name and driver of the NVIDIA GPUs, or an empty string."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
-        return ""
+        return driver_gpus()
     query = [tool, "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)  # noqa: S603 - fixed words
     except (OSError, subprocess.TimeoutExpired):
+        return driver_gpus()
+    return "; ".join(answer.stdout.splitlines()) if answer.returncode == 0 else driver_gpus()
+
+
+def driver_gpus(root: Path = Path("/proc/driver/nvidia")) -> str:
+    """Name and driver of the NVIDIA GPUs as the Linux driver tells them: containers may lack nvidia-smi."""
+    try:
+        driver = re.search(r"Module\s+(\d[\d.]+)", (root / "version").read_text())
+        texts = [path.read_text() for path in sorted(root.glob("gpus/*/information"))]
+    except OSError:
         return ""
-    return "; ".join(answer.stdout.splitlines()) if answer.returncode == 0 else ""
+    names = [match[1].strip() for text in texts if (match := re.search(r"^Model:(.*)$", text, re.MULTILINE))]
+    return "; ".join(f"{name}, {driver[1]}" if driver else name for name in names)
 
 
 def fingerprint(target: Target) -> str:

@@ -72,6 +72,7 @@ class Paired:
         ratios: Median over the rounds of (first model / this model): above 1 is faster than the first. First entry: 1.
         ci95: Bootstrap interval of each ratio.
         rounds: Times every model was run.
+        clock: What was read.
         disturbed: The machine was too busy to trust the ratios: they drift, scatter, or stay wide.
     """
 
@@ -79,6 +80,7 @@ class Paired:
     ratios: tuple[float, ...]
     ci95: tuple[Interval, ...]
     rounds: int
+    clock: Clock
     disturbed: bool
 
     def ratio(self, slow: int, fast: int) -> Ratio:
@@ -141,6 +143,7 @@ def in_turns(runs: Sequence[Run], rounds: int, budget_s: float, clock: Clock = C
         ratios=medians,
         ci95=intervals,
         rounds=len(samples),
+        clock=clock,
         disturbed=any(_is_disturbed(column) for column in ratios.T[1:]),
     )
 

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from onnx_lowrank.latency.measure import Paired, Run, in_turns
+from onnx_lowrank.graph.size import LARGE_BYTES, file_bytes
+from onnx_lowrank.latency.measure import Clock, Paired, Run, in_turns, steady_clock
 from onnx_lowrank.runtime import open_session
 from onnx_lowrank.signature import Feeds
 from onnx_lowrank.target import Target
 
 Weighted = tuple[Feeds, float]
-# Above this a session is opened for each turn anew: two or three of them at once would not fit into memory.
-LARGE_BYTES = 1 << 30
 ROUNDS, LARGE_ROUNDS = 9, 5
 
 
@@ -55,13 +54,21 @@ def race(entries: Sequence[tuple[Path, str]], target: Target, samples: Sequence[
     Raises:
         InputError, ProviderError: if a model does not open or run.
     """
-    if sum(_bytes(path) for path, _ in entries) > LARGE_BYTES:
-        lazy = [OpenedEachTime(path, level, target, samples) for path, level in entries]
-        return in_turns(lazy, LARGE_ROUNDS, budget_s)
-    sessions = [open_session(path, target, level) for path, level in entries]
+    return _race([(path, level, target) for path, level in entries], samples, budget_s)
+
+
+def race_targets(
+    path: Path, level: str, targets: Sequence[Target], samples: Sequence[Weighted], budget_s: float
+) -> Paired:
+    """Time one model file on several targets of one machine in turns, as `race` does."""
+    return _race([(path, level, target) for target in targets], samples, budget_s)
+
+
+def _race(entries: Sequence[tuple[Path, str, Target]], samples: Sequence[Weighted], budget_s: float) -> Paired:
+    if sum(file_bytes(path) for path, _, _ in entries) > LARGE_BYTES:
+        lazy = [OpenedEachTime(path, level, target, samples) for path, level, target in entries]
+        return in_turns(lazy, LARGE_ROUNDS, budget_s, Clock.WALL)
+    sessions = [open_session(path, target, level) for path, level, target in entries]
     runs = [OverSamples([(session.bind(feeds), weight) for feeds, weight in samples]) for session in sessions]
-    return in_turns(runs, ROUNDS, budget_s)
-
-
-def _bytes(path: Path) -> int:
-    return sum(part.stat().st_size for part in (path, path.with_name(path.name + ".data")) if part.exists())
+    clocks = {steady_clock(target) for _, _, target in entries}
+    return in_turns(runs, ROUNDS, budget_s, clocks.pop() if len(clocks) == 1 else Clock.WALL)

@@ -13,7 +13,7 @@ from onnx_lowrank.accuracy import evaluate
 from onnx_lowrank.goals import KeepMacs, KeepParams, LatencyMs, MaxError, Speedup
 from onnx_lowrank.graph import io
 from onnx_lowrank.graph.keys import keyed_nodes
-from onnx_lowrank.graph.size import parameters
+from onnx_lowrank.graph.size import file_bytes, parameters
 from onnx_lowrank.latency.machine import processor
 from onnx_lowrank.metrics import estimate, paired_difference
 from onnx_lowrank.progress import Phases
@@ -111,18 +111,17 @@ def _latency(analysis: Analysis, path: Path) -> Latency:
         "normalized": analysis.ready.normalized.level,
         "after": final.level,
     }
-    predicted = analysis.outcome.best.predicted_ms
-    assert predicted is not None  # noqa: S101 - every attempt carries its prediction
     return Latency(
         before_ms=before,
         normalized_ms=normalized,
         after_ms=after,
-        predicted_ms=predicted,
+        predicted_ms=analysis.outcome.best.predicted_share * normalized,
         speedup=speedup.value,
         low_rank_speedup=low_rank.value,
         ci95=(speedup.low, speedup.high),
         low_rank_ci95=(low_rank.low, low_rank.high),
         samples=race.rounds,
+        clock=race.clock.value,
         disturbed=race.disturbed,
         levels=levels,
     )
@@ -151,7 +150,7 @@ def _size(analysis: Analysis, path: Path) -> Size:
     original, optimized = io.load(source.path), io.load(path)
     before = analysis.ready.survey.macs
     after = survey(optimized, analysis.bench.racer, path.parent).macs
-    return Size(parameters(original), parameters(optimized), before, after, _bytes(source.path), _bytes(path))
+    return Size(parameters(original), parameters(optimized), before, after, file_bytes(source.path), file_bytes(path))
 
 
 def _goal(settings: Settings, analysis: Analysis, latency: Latency, found: Validation) -> GoalRow:
@@ -202,10 +201,6 @@ def _names(analysis: Analysis) -> dict[str, str]:
 
 def _calibration(source: Source) -> str:
     return "data-free" if source.data is None else f"data-free, reported on {len(source.data)} given samples"
-
-
-def _bytes(path: Path) -> int:
-    return sum(part.stat().st_size for part in (path, path.with_name(path.name + ".data")) if part.exists())
 
 
 def _peak_rss_mib() -> float:

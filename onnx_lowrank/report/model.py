@@ -55,12 +55,14 @@ class Latency:
         before_ms: The original.
         normalized_ms: After the exact rewrites, before any factorization.
         after_ms: The optimized model.
-        predicted_ms: What the search expected of the optimized model before it was first timed.
+        predicted_ms: What the search expected: the predicted share of `normalized_ms`, a share that was fixed before the
+            optimized model was first timed.
         speedup: before / after, median of the ratios of neighbouring runs.
         low_rank_speedup: normalized / after, likewise.
         ci95: 95 % interval of `speedup`.
         low_rank_ci95: 95 % interval of `low_rank_speedup`.
         samples: Rounds of paired runs.
+        clock: "wall", or "cpu": the time the one thread ran, which other processes do not disturb.
         disturbed: Whether other load was noticed while timing.
         levels: Best optimization level of each model.
     """
@@ -74,6 +76,7 @@ class Latency:
     ci95: Interval
     low_rank_ci95: Interval
     samples: int
+    clock: str
     disturbed: bool
     levels: dict[str, str]
 

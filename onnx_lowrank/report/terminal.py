@@ -67,7 +67,11 @@ def _summary(report: Report) -> Table:
     if report.latency is not None:
         time, low = report.latency, report.latency.low_rank_ci95
         table.add_row(
-            "latency (ms)", f"{time.before_ms:.3f}", f"{time.after_ms:.3f}", f"{time.speedup:.2f}x", _span(time.ci95)
+            f"latency (ms, {time.clock})",
+            f"{time.before_ms:.3f}",
+            f"{time.after_ms:.3f}",
+            f"{time.speedup:.2f}x",
+            _span(time.ci95),
         )
         table.add_row(
             "  of it low rank",

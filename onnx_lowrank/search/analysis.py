@@ -28,11 +28,13 @@ from onnx_lowrank.plan import Choice, PassSpec, Plan
 from onnx_lowrank.progress import Phases
 from onnx_lowrank.runtime import versions
 from onnx_lowrank.search.bench import Bench
+from onnx_lowrank.search.factorizations import FactorizationCache
 from onnx_lowrank.search.loop import Loop, Outcome
 from onnx_lowrank.search.prediction import Prediction
 from onnx_lowrank.search.racer import Contestant, Racer
 from onnx_lowrank.search.survey import Survey, make_samples, normalize, runs_natively, survey
-from onnx_lowrank.search.table import FactorizationCache, Row, price, tabulate
+from onnx_lowrank.search.table import Row, price, tabulate
+from onnx_lowrank.search.tuning import tuned
 from onnx_lowrank.settings import Settings
 from onnx_lowrank.signature import Signature, signature_of
 from onnx_lowrank.validation import compare
@@ -120,6 +122,14 @@ def read_source(path: Path, calibration: Path | None = None, labelled: Path | No
     return Source(path, graph, io.model_sha256(path), signature, data, labels)
 
 
+def tuned_for(source: Source, settings: Settings, phases: Phases) -> Settings:
+    """Settings completed with the provider options the source runs fastest with."""
+    if settings.target.variants() == (settings.target,):
+        return settings
+    samples, _ = make_samples(source.graph, settings.target, source.data, settings.seed)
+    return tuned(source.path, samples, settings, phases)
+
+
 def prepare(source: Source, settings: Settings, folder: Path, phases: Phases) -> Prepared:
     """Normalize the source's graph, in place, and find its layers.
 
@@ -129,7 +139,7 @@ def prepare(source: Source, settings: Settings, folder: Path, phases: Phases) ->
     passes, methods = split(settings.passes)
     with phases.phase("baseline"):
         samples, notes = make_samples(source.graph, settings.target, source.data, settings.seed)
-        native = runs_natively(source.path, settings.target)
+        native, remarks = runs_natively(source.path, settings.target)
         racer = Racer(settings.target, samples, folder, as_float32=not native)
         # A search of a second must not spend eight on one race.
         racer.seconds = min(racer.seconds, settings.time_limit or racer.seconds)
@@ -143,6 +153,7 @@ def prepare(source: Source, settings: Settings, folder: Path, phases: Phases) ->
         found = _pinned(survey(source.graph, racer, folder), settings)
     if not native:
         notes = (*notes, f"{settings.target.provider_name} has no kernels for its element types: timed as float32")
+    notes = (*notes, *remarks)
     allowed = {method.name: method for method in methods} or all_decompositions()
     return Prepared(found, records, allowed, racer, original, normalized, notes)
 
@@ -162,7 +173,7 @@ def analyse(source: Source, settings: Settings, folder: Path, phases: Phases) ->
     deadline = math.inf if settings.time_limit is None else time.monotonic() + settings.time_limit
     ready = prepare(source, settings, folder, phases)
     found = ready.survey
-    cache = FactorizationCache(settings.memory_limit)
+    cache = FactorizationCache(settings.memory_limit, folder)
     rows, timer = _candidates(ready, settings, cache, phases)
     bench = Bench(source.graph, ready.methods, cache, ready.racer, folder, deadline)
 

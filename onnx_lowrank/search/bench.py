@@ -14,8 +14,8 @@ from onnx_lowrank.graph.model import Graph
 from onnx_lowrank.pass_manager import PassManager, PassRecord
 from onnx_lowrank.passes.factor import Factor
 from onnx_lowrank.plan import Plan
+from onnx_lowrank.search.factorizations import FactorizationCache
 from onnx_lowrank.search.racer import Racer
-from onnx_lowrank.search.table import FactorizationCache
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Bench:
         path = self.folder / (name or f"trial{self._number}.onnx")
         before = self.graph.snapshot()
         try:
-            (record,) = PassManager((Factor(plan, self.methods, self.cache.held),)).run(self.graph)
+            (record,) = PassManager((Factor(plan, self.methods, self.cache),)).run(self.graph)
             io.save(self.graph, path)
         finally:
             self.graph.restore(before)

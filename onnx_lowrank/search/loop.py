@@ -37,7 +37,8 @@ class Attempt:
         plan: The same, to be written down.
         path: The file.
         record: What the factor pass did.
-        predicted_ms: Fixed before the model was first timed.
+        predicted_share: Latency as a share of the normalized model's, fixed before this model was first timed. A share,
+            because the machine's speed drifts between the two.
         level: Optimization level it was timed at.
         race: Original, normalized and this model in turns; None where time does not decide.
         error: Relative error of the outputs where the goal limits it.
@@ -47,7 +48,7 @@ class Attempt:
     plan: Plan
     path: Path
     record: PassRecord
-    predicted_ms: float | None
+    predicted_share: float
     level: str = "all"
     race: Paired | None = None
     error: float | None = None
@@ -115,7 +116,8 @@ class Loop:
             attempt = self.timed(self._attempt(chosen, prediction))
             attempts.append(attempt)
             measured = _scaled(attempt, prediction)
-            logger.info("predicted %.3f ms, measured %.3f ms", attempt.predicted_ms or 0.0, measured)
+            expected = attempt.predicted_share * prediction.normalized_ms
+            logger.info("predicted %.3f ms, measured %.3f ms", expected, measured)
             wanted = self._wanted(goal, attempt.race)
             reached, excess = _standing(goal, attempt)
             if (reached and excess <= OVERSHOOT) or self.bench.late:
@@ -145,10 +147,9 @@ class Loop:
         budget = goal.value * of_total - (of_total - factorable)
         problem = self.prediction.problem(cost, budget)
         chosen = self.allocator(problem)
-        reached = problem.total(chosen) <= budget * (1 + 1e-9)
-        kept = (problem.total(chosen) + of_total - factorable) / of_total
+        kept = (problem.total(chosen) + of_total - factorable) / of_total if of_total else 1.0
         attempt = self._attempt(chosen, self.prediction)
-        return Outcome(attempt, reached, f"{kept:.3f} of the {cost} remain")
+        return Outcome(attempt, kept <= goal.value * (1 + 1e-9), f"{kept:.3f} of the {cost} remain")
 
     def _faithful_enough(self, goal: Goal) -> Outcome:
         """Bisect on the predicted latency for the fastest model whose measured error is within the limit."""
@@ -173,7 +174,7 @@ class Loop:
     def _attempt(self, chosen: Sequence[Candidate], prediction: Prediction) -> Attempt:
         plan = self.plan_of(chosen)
         path, record = self.bench.realise(plan)
-        return Attempt(tuple(chosen), plan, path, record, prediction.ms(chosen))
+        return Attempt(tuple(chosen), plan, path, record, prediction.ms(chosen) / prediction.normalized_ms)
 
     def timed(self, attempt: Attempt) -> Attempt:
         """The attempt with original, normalized and its model run in turns."""

@@ -48,7 +48,8 @@ class Prediction:
         """The allocation problem whose solutions are predicted to end at `wanted` or below.
 
         For milliseconds `wanted` is the latency of the whole model, and only chains faster than their layer are
-        options; otherwise it is what the factorable layers may sum up to.
+        options (or exact ones, which stand in the table as a check); otherwise it is what the factorable layers may sum
+        up to.
         """
         factorable = [row for row in self.rows if row.factorable]
         if cost != "ms":
@@ -64,7 +65,7 @@ class Prediction:
     def _faster(self, row: Row) -> tuple[Candidate, ...]:
         dense = row.keep.cost("ms")
         chains = [option.timed(self.kappa * option.cost("ms")) for option in row.options[1:]]
-        return (row.keep, *(option for option in chains if option.cost("ms") < dense))
+        return (row.keep, *(option for option in chains if option.exact or option.cost("ms") < dense))
 
     def _sums(self, chosen: Sequence[Candidate]) -> tuple[float, float]:
         raw = {(o.key, o.method, o.rank): o for row in self.rows for o in row.options}

@@ -146,14 +146,26 @@ def survey(graph: Graph, racer: Racer, folder: Path) -> Survey:
     return Survey(graph, tuple(found), tuple(kept))
 
 
-def runs_natively(path: Path, target: Target) -> bool:
-    """Whether the provider has kernels for the model's element types; raises what else may be wrong with it."""
+def runs_natively(path: Path, target: Target) -> tuple[bool, tuple[str, ...]]:
+    """Whether the provider has kernels for the model's element types, and notes on what runs elsewhere.
+
+    Raises:
+        InputError, ProviderError: for whatever else keeps the model from running.
+    """
     try:
-        runtime.open_session(path, target, target.levels[0])
+        session = runtime.open_session(path, target, target.levels[0])
     except runtime.UnsupportedTypeError as error:
         logger.info("timed as float32: %s", error)
-        return False
-    return True
+        return False, ()
+    return True, on_host_note(session.on_host, target)
+
+
+def on_host_note(nodes: Sequence[str], target: Target) -> tuple[str, ...]:
+    """What to say about computations of shapes that onnxruntime keeps on the CPU."""
+    if not nodes:
+        return ()
+    more = f" and {len(nodes) - 3} more" if len(nodes) > 3 else ""
+    return (f"shapes are computed on the CPU, everything else on {target.provider}: {', '.join(nodes[:3])}{more}",)
 
 
 def _run_all(path: Path, racer: Racer) -> dict[str, list[NodeShapes]]:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from joblib import Parallel, cpu_count, delayed
 from threadpoolctl import threadpool_limits
 
 from onnx_lowrank.candidates import Candidate, candidate, keep, worth_timing
-from onnx_lowrank.decomposition import Decomposition, Factorization
+from onnx_lowrank.decomposition import Decomposition
 from onnx_lowrank.latency.chains import ChainTimer, Job
-from onnx_lowrank.layer import Array, Layer
+from onnx_lowrank.layer import Layer
+from onnx_lowrank.search.factorizations import FactorizationCache
 
 Progress = Callable[[int, int], None]
 MOST_WORKERS = 4  # each holds a weight and its bases
@@ -42,41 +41,6 @@ class Row:
     def factorable(self) -> bool:
         """Whether some method accepts the layer."""
         return len(self.options) > 1
-
-
-@dataclass
-class FactorizationCache:
-    """Factorizations by (layer key, method), the least recently used ones forgotten beyond `limit_bytes`.
-
-    Holding them all would take several times the model: they are made again when a plan needs them.
-    """
-
-    limit_bytes: int
-    _held: OrderedDict[tuple[str, str], tuple[Factorization, int]] = field(
-        default_factory=OrderedDict[tuple[str, str], tuple[Factorization, int]]
-    )
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    @property
-    def held(self) -> Mapping[tuple[str, str], Factorization]:
-        """What is held now."""
-        with self._lock:
-            return {key: made for key, (made, _) in self._held.items()}
-
-    def get(self, layer: Layer, method: Decomposition, weight: Array | None = None) -> Factorization:
-        """The factorization of `layer` by `method`; `weight` saves reading it again."""
-        key = (layer.key, method.name)
-        with self._lock:
-            if key in self._held:
-                self._held.move_to_end(key)
-                return self._held[key][0]
-        made = method.factorize(layer.read() if weight is None else weight)
-        with self._lock:
-            # A factorization holds about the weight and its bases, in float64.
-            self._held[key] = (made, 16 * layer.shape.params)
-            while len(self._held) > 1 and sum(size for _, size in self._held.values()) > self.limit_bytes:
-                self._held.popitem(last=False)
-        return made
 
 
 def tabulate(
@@ -131,7 +95,7 @@ def _row(
         if not ranks:
             refusals[method.name] = f"no rank of {layer.shape} has fewer weights than the layer"
             continue
-        made = cache.get(layer, method, weight)
+        made = cache.make(layer, method, weight)
         options.extend(candidate(layer, method, made, rank, block) for rank in ranks)
     chosen = options if exact_only else worth_timing(options)
     return Row(layer, (keep(layer), *chosen), refusals)

@@ -35,7 +35,7 @@ class TuckerCore(Factorization):
         self._weight, self._kernel, self._sweeps = weight, kernel, sweeps
         _, out, in_, _ = weight.shape
         self._out, self._out_values = _bases([w.reshape(out, -1) for w in weight])
-        self._in, self._in_values = _bases([w.transpose(1, 0, 2).reshape(in_, -1) for w in weight])
+        self._in, _ = _bases([w.transpose(1, 0, 2).reshape(in_, -1) for w in weight])
         core = _core(weight, self._out, self._in)
         self._energy = np.square(core).sum(axis=(0, 3)).cumsum(axis=0).cumsum(axis=1)
 
@@ -48,11 +48,13 @@ class TuckerCore(Factorization):
         return math.sqrt(max(0.0, 1.0 - float(self._energy[r_out - 1, r_in - 1]) / total))
 
     def spectral_error(self, rank: Rank) -> float:
-        """Triangle inequality over the two cuts, relative to the output unfolding's largest singular value."""
-        r_in, r_out = rank
+        """Frobenius norm of what is cut, relative to the output unfolding's largest singular value.
+
+        The discarded singular values of the two unfoldings give no bound: HOOI moves the bases, and what the input side
+        cuts may be larger in the output unfolding than in its own.
+        """
         largest = float(self._out_values.max(initial=0.0))
-        cut = sum(float(v.max(initial=0.0)) for v in (self._in_values[:, r_in:], self._out_values[:, r_out:]))
-        return cut / largest if largest > 0 else 0.0
+        return self.error(rank) * math.sqrt(float(self._energy[-1, -1])) / largest if largest > 0 else 0.0
 
     def factors(self, rank: Rank) -> tuple[Array, ...]:
         """Weights (g, r1, C, 1..), (g, r2, r1, *k), (g, S, r2, 1..)."""

@@ -118,7 +118,9 @@ class Hed(ZooModel):
     def score(self, outputs: Outputs, reference: Outputs, data: Arrays, folder: Path) -> Scores:
         found, truth = outputs[0] >= THRESHOLD, data[LABEL]
         hits = matched(found, truth) + matched(truth, found)
-        return {"edge_f1": (hits, (found.sum((1, 2, 3)) + truth.sum((1, 2, 3))).astype(np.float64))}
+        size = (found.sum((1, 2, 3)) + truth.sum((1, 2, 3))).astype(np.float64)
+        exact = 2 * np.logical_and(found, truth).sum((1, 2, 3), dtype=np.float64)
+        return {"edge_f1": (hits, size), "edge_f1_exact": (exact, size)}
 
     @staticmethod
     def _crops(split: Split, samples: int) -> dict[str, NDArray[np.float32]]:

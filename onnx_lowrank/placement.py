@@ -1,0 +1,81 @@
+"""What keeps a run from its provider: one that does not load, or nodes that ended elsewhere.
+
+A strict run on an accelerator tolerates nodes on the CPU that compute shapes, and no others. onnxruntime itself keeps
+small integer computations that follow a Shape there, because their results are needed there (GetCpuPreferredNodes). A
+node is such a computation if all it reads are constants, shapes, loop counters, or what other such nodes make of them:
+then it never touches an activation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from onnx import GraphProto, ModelProto
+
+from onnx_lowrank.errors import ProviderError
+from onnx_lowrank.native_log import native_reason
+from onnx_lowrank.target import Target
+
+Label = tuple[str, str]
+_SOURCES = frozenset({"Shape", "Size", "Constant"})
+_COMPUTE = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "LSTM", "GRU", "RNN"})
+_COUNTERS = 2  # a Loop body's first inputs: iteration number and condition
+
+
+def shapes_only(elsewhere: Iterable[Label], model: ModelProto, target: Target) -> tuple[str, ...]:
+    """Check that the nodes a provider left to another one compute shapes.
+
+    Args:
+        elsewhere: (operator, name) of each.
+        model: The model as it was opened; weights may be missing from the message.
+        target: The provider.
+
+    Returns:
+        The nodes, in words.
+
+    Raises:
+        ProviderError: if one of them does anything else.
+    """
+    found = [entry for graph in _graphs(model) for entry in _judged(graph, frozenset())]
+    # Names need not be unique: a label counts only if all that bear it compute shapes.
+    tolerated = {label for label, computes in found if computes} - {label for label, computes in found if not computes}
+    listed = {label: f"{label[0]} {label[1]}".strip() for label in elsewhere}
+    missed = [text for label, text in listed.items() if label not in tolerated]
+    if missed:
+        more = f" and {len(missed) - 3} more" if len(missed) > 3 else ""
+        raise ProviderError(
+            f"{len(missed)} nodes that {target.provider} leaves to another provider ({', '.join(missed[:3])}{more})",
+            f"every node on {target.provider_name}, computations of shapes excepted",
+            "allow it with --allow-fallback, or choose another provider",
+        )
+    return tuple(listed.values())
+
+
+def unloadable(target: Target, reason: str) -> ProviderError:
+    """The error of a provider that does not load, with onnxruntime's reason."""
+    return ProviderError(
+        f"provider {target.provider} that does not load here ({native_reason(reason)})",
+        f"a working {target.provider_name}",
+        "install what it needs (onnx-lowrank doctor says more), or choose another provider",
+    )
+
+
+def _graphs(model: ModelProto) -> Iterator[GraphProto]:
+    yield model.graph
+    for function in model.functions:
+        yield GraphProto(node=function.node)
+
+
+def _judged(graph: GraphProto, outer: frozenset[str], counters: int = 0) -> Iterator[tuple[Label, bool]]:
+    """Every node, bodies included, and whether it computes shapes; `outer`: what is known of them around the graph."""
+    known = outer - {value.name for value in graph.input}
+    known |= {tensor.name for tensor in graph.initializer} | {value.name for value in graph.input[:counters]} | {""}
+    for node in graph.node:
+        inner = [attribute.g for attribute in node.attribute if attribute.HasField("g")]
+        for body in inner:
+            yield from _judged(body, known, _COUNTERS if node.op_type == "Loop" else 0)
+        source = node.op_type in _SOURCES or known.issuperset(node.input)
+        computes = source and not inner and node.op_type not in _COMPUTE
+        if computes:
+            known |= set(node.output)
+        yield (node.op_type, node.name), computes

@@ -1,0 +1,85 @@
+"""Decomposed weights, kept: in memory up to a limit, beyond it on disk for as long as the search runs."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import shutil
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import joblib
+
+from onnx_lowrank.decomposition import Decomposition, Factorization
+from onnx_lowrank.layer import Array, Layer
+
+logger = logging.getLogger(__name__)
+Key = tuple[str, str]
+
+
+class FactorizationCache(Mapping[Key, Factorization]):
+    """Factorizations by (layer key, method).
+
+    Together they take several times the model. The least recently used ones beyond `limit_bytes` are written to
+    `folder`, a private one that its owner removes, while half of the disk space free at first remains; after that they
+    are forgotten, and made again when a plan needs them.
+    """
+
+    def __init__(self, limit_bytes: int, folder: Path) -> None:
+        self.limit_bytes, self.folder = limit_bytes, folder
+        self._reserve = shutil.disk_usage(folder).free // 2
+        self._held: OrderedDict[Key, tuple[Factorization, int]] = OrderedDict()
+        self._spilled: dict[Key, Path] = {}
+        self._numbers = itertools.count()
+        self._lock = threading.Lock()
+
+    def __getitem__(self, key: Key) -> Factorization:
+        """The factorization, read back if it was spilled; what is read back does not displace what is held."""
+        with self._lock:
+            if key in self._held:
+                self._held.move_to_end(key)
+                return self._held[key][0]
+            path = self._spilled[key]
+        return joblib.load(path)
+
+    def __iter__(self) -> Iterator[Key]:
+        """Keys of what is held or spilled."""
+        with self._lock:
+            return iter([*self._held, *self._spilled])
+
+    def __len__(self) -> int:
+        """How many are held or spilled."""
+        return len(self._held) + len(self._spilled)
+
+    def make(self, layer: Layer, method: Decomposition, weight: Array | None = None) -> Factorization:
+        """The factorization of `layer` by `method`, made if need be; `weight` saves reading it again."""
+        key = (layer.key, method.name)
+        with contextlib.suppress(KeyError):
+            return self[key]
+        made = method.factorize(layer.read() if weight is None else weight)
+        evicted: list[tuple[Key, Factorization]] = []
+        with self._lock:
+            # A factorization holds about the weight and its bases, in float64.
+            self._held[key] = (made, 16 * layer.shape.params)
+            while len(self._held) > 1 and sum(size for _, size in self._held.values()) > self.limit_bytes:
+                old, (factorization, _) = self._held.popitem(last=False)
+                evicted.append((old, factorization))
+        for old, factorization in evicted:
+            self._spill(old, factorization)
+        return made
+
+    def _spill(self, key: Key, factorization: Factorization) -> None:
+        path = self.folder / f"factorization{next(self._numbers)}"
+        if shutil.disk_usage(self.folder).free < self._reserve:
+            return
+        try:
+            joblib.dump(factorization, path)
+        except OSError as error:
+            logger.info("%s of %s is not kept (%s)", key[1], key[0], error)
+            path.unlink(missing_ok=True)
+            return
+        with self._lock:
+            self._spilled[key] = path

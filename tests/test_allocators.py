@@ -1,0 +1,160 @@
+"""Rank rules against brute force on problems small enough to enumerate."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from onnx_lowrank.allocators import ALLOCATORS, energy, full_rank, knapsack, minimax
+from onnx_lowrank.candidates import Candidate, Problem
+
+Choice = tuple[Candidate, ...]
+
+
+def option(layer: int, cost: float, error: float, spectral: float | None = None, *, exact: bool = False) -> Candidate:
+    method = "keep" if error == 0 and not exact else "svd"
+    return Candidate(
+        f"l{layer}", method, (), None, error, error if spectral is None else spectral, 0, cost, cost, cost, exact=exact
+    )
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    """Small numbers, so that ties are common; "keep" first, as in every table; budgets from impossible to ample."""
+    rows: list[Choice] = []
+    for layer in range(draw(st.integers(1, 4))):
+        pairs = draw(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 5), st.integers(1, 5)), max_size=4))
+        kept = option(layer, float(draw(st.integers(4, 10))), 0.0)
+        rows.append((kept, *(option(layer, float(c), e / 5, s / 5) for c, e, s in pairs)))
+    return Problem(tuple(rows), draw(st.sampled_from(["ms", "macs"])), float(draw(st.integers(0, 30))))
+
+
+def loss(chosen: Choice) -> float:
+    return sum(candidate.loss for candidate in chosen)
+
+
+def feasible(problem: Problem) -> list[Choice]:
+    return [c for c in itertools.product(*problem.layers) if problem.total(c) <= problem.budget]
+
+
+def one_per_layer(problem: Problem, chosen: Choice) -> bool:
+    return len(chosen) == len(problem.layers) and all(c in row for c, row in zip(chosen, problem.layers, strict=True))
+
+
+@settings(deadline=None, max_examples=150)
+@given(problems())
+def test_knapsack_is_optimal(problem: Problem) -> None:
+    chosen = knapsack(problem)
+    assert one_per_layer(problem, chosen)
+    possible = feasible(problem)
+    if not possible:
+        assert problem.total(chosen) == min(map(problem.total, itertools.product(*problem.layers)))
+        return
+    assert problem.total(chosen) <= problem.budget * (1 + 1e-9)
+    assert loss(chosen) == pytest.approx(min(map(loss, possible)), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("rule", "error"), [(energy, lambda c: c.error), (minimax, lambda c: c.spectral_error)], ids=["energy", "minimax"]
+)
+@settings(deadline=None, max_examples=100)
+@given(problem=problems())
+def test_equal_error_rules_find_the_smallest_bound(
+    rule: Callable[[Problem], Choice], error: Callable[[Candidate], float], problem: Problem
+) -> None:
+    chosen = rule(problem)
+    assert one_per_layer(problem, chosen)
+    worst = max(map(error, chosen))
+    possible = feasible(problem)
+    if not possible:
+        assert problem.total(chosen) == problem.total(problem.cheapest())
+        return
+    assert problem.total(chosen) <= problem.budget
+    assert worst == min(max(map(error, choice)) for choice in possible)
+
+
+@pytest.mark.parametrize("name", ["knapsack", "energy", "minimax"])
+@settings(deadline=None, max_examples=40)
+@given(problem=problems())
+def test_a_larger_budget_never_costs_accuracy(name: str, problem: Problem) -> None:
+    measure: dict[str, Callable[[Choice], float]] = {
+        "knapsack": loss,
+        "energy": lambda chosen: max(c.error for c in chosen),
+        "minimax": lambda chosen: max(c.spectral_error for c in chosen),
+    }
+    low = problem.total(problem.cheapest())
+    found = [ALLOCATORS[name](Problem(problem.layers, problem.cost, low + extra)) for extra in range(0, 24, 4)]
+    losses = [measure[name](chosen) for chosen in found]
+    assert all(later <= earlier + 1e-6 for earlier, later in itertools.pairwise(losses))
+
+
+def by_hand() -> tuple[Choice, ...]:
+    """Three layers of 10 ms. Losses are squares: 0.01, 0.04, 0.09, 0.16, 0.25, 0.64."""
+    return (
+        (option(0, 10, 0.0), option(0, 6, 0.1), option(0, 3, 0.4)),
+        (option(1, 10, 0.0), option(1, 5, 0.3), option(1, 4, 0.5)),
+        (option(2, 10, 0.0), option(2, 7, 0.2), option(2, 2, 0.8)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("budget", "costs"),
+    [
+        (30, (10, 10, 10)),
+        (26, (6, 10, 10)),  # 0.01
+        (23, (6, 10, 7)),  # 0.05, where (3, 10, 10) would cost 0.16
+        (21, (6, 5, 10)),  # 0.10, where (3, 10, 7) would cost 0.20
+        (18, (6, 5, 7)),  # 0.14
+        (15, (3, 5, 7)),  # 0.29, where (6, 5, 2) would cost 0.74
+        (9, (3, 4, 2)),  # everything at its cheapest
+        (8, (3, 4, 2)),  # out of reach: the cheapest all the same
+    ],
+)
+def test_knapsack_by_hand(budget: float, costs: tuple[float, ...]) -> None:
+    chosen = knapsack(Problem(by_hand(), "ms", budget))
+    assert tuple(candidate.ms for candidate in chosen) == costs
+
+
+def test_equal_error_by_hand() -> None:
+    """With 18 ms the bound must rise to 0.3: (6, 5, 7). The knapsack agrees; at 15 ms the bound 0.4 gives (3, 5, 7)."""
+    assert [c.ms for c in energy(Problem(by_hand(), "ms", 18))] == [6, 5, 7]
+    assert [c.ms for c in energy(Problem(by_hand(), "ms", 15))] == [3, 5, 7]
+    assert [c.ms for c in energy(Problem(by_hand(), "ms", 14))] == [3, 4, 7]
+
+
+def test_energy_and_minimax_look_at_their_own_norm() -> None:
+    rows = ((option(0, 10, 0.0), option(0, 5, 0.1, 0.9)), (option(1, 10, 0.0), option(1, 5, 0.9, 0.1)))
+    assert [c.ms for c in energy(Problem(rows, "ms", 15))] == [5, 10]
+    assert [c.ms for c in minimax(Problem(rows, "ms", 15))] == [10, 5]
+
+
+def test_full_rank_takes_the_exact_candidates_in_turn() -> None:
+    first, second = option(0, 12, 0.0, exact=True), option(0, 15, 0.0, exact=True)
+    row = (option(0, 10, 0.0), option(0, 5, 0.3), first, second)
+    bare = (option(3, 10, 0.0), option(3, 5, 0.3))
+    assert full_rank(Problem((row, row, row, bare), "ms", 0.0)) == (first, second, first, bare[0])
+
+
+@pytest.mark.parametrize("name", ALLOCATORS)
+def test_no_layers_no_choices(name: str) -> None:
+    assert ALLOCATORS[name](Problem((), "ms", 1.0)) == ()
+
+
+@pytest.mark.parametrize("name", ["knapsack", "energy", "minimax"])
+def test_costs_of_very_different_size(name: str) -> None:
+    """Multiply-accumulates run to 1e10, losses down to 1e-9: the solver's tolerances are absolute."""
+    rows = tuple((option(i, 1e10, 0.0), option(i, 1e7 * (i + 1), 1e-5), option(i, 1e6, 1e-3)) for i in range(6))
+    budget = 5e8
+    chosen = ALLOCATORS[name](Problem(rows, "macs", budget))
+    assert sum(c.macs for c in chosen) <= budget
+    assert max(c.error for c in chosen) == 1e-5
+
+
+def test_an_ample_budget_keeps_everything() -> None:
+    rows = by_hand()
+    assert knapsack(Problem(rows, "ms", math.fsum(row[0].cost("ms") for row in rows))) == tuple(r[0] for r in rows)

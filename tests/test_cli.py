@@ -1,0 +1,244 @@
+"""Every command from the outside: options in, exit code, files and text out."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from builders import run_model
+from rich.console import Console
+from roads import network, perceptron, save, shared, weight_bearing
+
+from onnx_lowrank import cli
+from onnx_lowrank.cli import run
+from onnx_lowrank.display import phases_on
+from onnx_lowrank.plan import Plan
+
+pytestmark = pytest.mark.usefixtures("quick")
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder, with a model in it; terminals are wide."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    save(network(), tmp_path)
+    return tmp_path
+
+
+def optimize(*options: str) -> int:
+    return run(["optimize", "model.onnx", "-o", "out.onnx", "--threads", "1", *options])
+
+
+def parsed(capsys: Captured) -> Any:
+    return json.loads(capsys.readouterr().out)
+
+
+def test_optimize_writes_everything_it_is_asked_for(folder: Path, capsys: Captured) -> None:
+    code = optimize("--keep-params", "0.5", "--plan-out", "plan.json", "--report", "told")
+    text = capsys.readouterr().out
+    assert code == 0
+    assert "goal reached: keep-params 0.5" in text
+    assert text.splitlines()[-1] == "written to out.onnx, report in told"
+    onnx.checker.check_model(str(folder / "out.onnx"), full_check=True)
+    raw = json.loads((folder / "told" / "report.json").read_text())
+    assert (raw["goal"]["kind"], raw["goal"]["value"], raw["goal"]["reached"]) == ("keep-params", 0.5, True)
+    made = Plan.read(folder / "plan.json")
+    assert made.model_sha256 == raw["model"]["sha256"]
+    assert sorted(p.name for p in folder.iterdir()) == ["model.onnx", "out.onnx", "plan.json", "told"]
+
+
+def test_json_is_all_that_is_printed(folder: Path, capsys: Captured) -> None:
+    assert optimize("--keep-macs", "0.6", "--json") == 0
+    raw = parsed(capsys)
+    assert raw["schema"] == 1
+    assert [row["name"] for row in raw["layers"]] == weight_bearing(network())
+
+
+def test_plan_then_apply_is_optimize(folder: Path, capsys: Captured) -> None:
+    options = ["--keep-params", "0.5", "--threads", "1"]
+    assert run(["plan", "model.onnx", "-o", "plan.json", *options]) == 0
+    made = Plan.read(folder / "plan.json")
+    count = sum(not choice.keeps for choice in made.layers)
+    assert capsys.readouterr().out == f"{count} of {len(made.layers)} layers to be factorized; written to plan.json\n"
+    assert run(["apply", "model.onnx", "plan.json", "-o", "applied.onnx"]) == 0
+    assert capsys.readouterr().out == f"{count} layers factorized; written to applied.onnx\n"
+    assert optimize(*options) == 0
+    assert (folder / "applied.onnx").read_bytes() == (folder / "out.onnx").read_bytes()
+
+
+def test_a_plan_edited_by_hand_is_obeyed(folder: Path) -> None:
+    assert run(["plan", "model.onnx", "-o", "plan.json", "--keep-params", "0.5", "--threads", "1"]) == 0
+    raw = json.loads((folder / "plan.json").read_text())
+    for choice in raw["layers"]:
+        choice.update(method="svd", rank=[3]) if choice["key"] == "body/2" else choice.update(method="keep", rank=[])
+    (folder / "plan.json").write_text(json.dumps(raw))
+    assert run(["apply", "model.onnx", "plan.json", "-o", "out.onnx"]) == 0
+    names = [node.name for node in onnx.load(folder / "out.onnx").graph.node]
+    assert "body/2/svd_0" in names
+    assert "body/1" in names
+
+
+def test_a_recipe_gives_what_the_command_line_leaves_out(folder: Path, capsys: Captured) -> None:
+    (folder / "recipe.toml").write_text(
+        'keep-params = 0.9\nthreads = 1\nallocator = "energy"\npasses = ["svd"]\nkeep = ["body/1"]\n'
+    )
+    assert (
+        run(["optimize", "model.onnx", "-o", "out.onnx", "--recipe", "recipe.toml", "--keep-params", "0.6", "--json"])
+        == 0
+    )
+    raw = parsed(capsys)
+    assert raw["goal"]["value"] == 0.6
+    assert raw["target"]["threads"] == 1
+    assert {row["method"] for row in raw["layers"]} == {"keep", "svd"}
+    assert {row["name"]: row["reason"] for row in raw["layers"]}["body/1"] == "pinned by --keep body/1"
+
+
+def test_a_goal_out_of_reach_exits_with_3_and_the_best_found(folder: Path, capsys: Captured) -> None:
+    assert optimize("--keep-params", "0.01") == 3
+    error = capsys.readouterr().err
+    assert error.startswith("error: got ")
+    assert error.rstrip().endswith("expected keep-params 0.01; the best found is in out.onnx")
+    onnx.checker.check_model(str(folder / "out.onnx"), full_check=True)
+    assert (folder / "out.onnx").stat().st_size < (folder / "model.onnx").stat().st_size
+    assert run(["plan", "model.onnx", "-o", "plan.json", "--keep-params", "0.01", "--threads", "1"]) == 3
+    assert "the best plan found is in plan.json" in capsys.readouterr().err
+    assert Plan.read(folder / "plan.json").layers
+
+
+def test_fail_if_unchanged(folder: Path, capsys: Captured) -> None:
+    assert optimize("--latency-ms", "10000") == 0
+    assert optimize("--latency-ms", "10000", "--fail-if-unchanged") == 3
+    assert capsys.readouterr().err == (
+        "error: got no layer rewritten; expected at least one with --fail-if-unchanged; see the reasons per layer\n"
+    )
+
+
+def test_validate(folder: Path, capsys: Captured) -> None:
+    assert optimize("--keep-params", "0.6") == 0
+    images = np.random.default_rng(0).standard_normal((4, 3, 16, 16)).astype(np.float32)
+    np.savez("data.npz", image=images)
+    capsys.readouterr()
+    assert run(["validate", "model.onnx", "out.onnx", "--data", "data.npz", "--json"]) == 0
+    raw = parsed(capsys)
+    squares = np.zeros(2)
+    for image in images:  # one by one, as the target has batches of one
+        a, b = (run_model(onnx.load(name), {"image": image[None]}) for name in ("model.onnx", "out.onnx"))
+        squares += [sum(np.sum((p - q) ** 2) for p, q in zip(a, b, strict=True)), sum(np.sum(p**2) for p in a)]
+    assert raw["samples"] == 4
+    assert raw["relative_error"] == pytest.approx(float(np.sqrt(squares[0] / squares[1])), rel=1e-3)
+    assert run(["validate", "model.onnx", "out.onnx"]) == 0
+    assert "logits" in capsys.readouterr().out
+    assert run(["validate", "model.onnx", "out.onnx", "--max-error", "1e-9"]) == 4
+    assert "expected at most 1e-09" in capsys.readouterr().err
+    assert run(["validate", "model.onnx", "model.onnx", "--max-error", "1e-9"]) == 0
+
+
+def test_profile(folder: Path, capsys: Captured) -> None:
+    save(perceptron(), folder, "other.onnx")
+    assert run(["profile", "other.onnx", "other.onnx", "--threads", "1", "--seconds", "0.2", "--json"]) == 0
+    raw = parsed(capsys)
+    assert len(raw["models"]) == 2
+    assert run(["profile", "other.onnx", "--threads", "1", "--seconds", "0.2"]) == 0
+    assert "other.onnx" in capsys.readouterr().out
+
+
+def test_inspect(folder: Path, capsys: Captured) -> None:
+    assert run(["inspect", "model.onnx", "--threads", "1", "--json"]) == 0
+    assert sorted(row["name"] for row in parsed(capsys)) == sorted(weight_bearing(network()))
+    assert run(["inspect", "model.onnx", "--threads", "1", "--only", "body/*"]) == 0
+    text = capsys.readouterr().out
+    assert "stays: not named by --only body/*" in text
+
+
+def test_passes_lists_graph_passes_and_decompositions(folder: Path, capsys: Captured) -> None:
+    assert run(["passes", "--json"]) == 0
+    names = {entry["name"] for entry in parsed(capsys)}
+    assert {"svd", "tucker2", "spatial_svd", "fold_batch_norm"} <= names
+    assert run(["passes"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in names)
+
+
+def test_doctor(folder: Path, capsys: Captured) -> None:
+    assert run(["doctor", "--json"]) == 0
+    assert parsed(capsys)
+    assert run(["doctor"]) == 0
+    assert "onnxruntime" in capsys.readouterr().out
+
+
+def test_bisect_is_printed(folder: Path, capsys: Captured) -> None:
+    assert optimize("--keep-params", "0.3", "--bisect") == 0
+    assert "bisect: " in capsys.readouterr().out
+
+
+def test_several_shapes_and_patterns(folder: Path, capsys: Captured) -> None:
+    shapes = ["--shape", "image=1x3x16x16*3", "--shape", "image=2x3x16x16"]
+    assert optimize("--keep-macs", "0.7", *shapes, "--only", "body/*", "--only", "head", "--json") == 0
+    raw = parsed(capsys)
+    assert [entry["weight"] for entry in raw["target"]["shapes"]] == [0.75, 0.25]
+    reasons = {row["name"]: row["reason"] for row in raw["layers"]}
+    assert reasons["stem"] == "not named by --only body/* head"
+
+
+def test_labels_are_scored(folder: Path, capsys: Captured) -> None:
+    images = np.random.default_rng(0).standard_normal((6, 3, 16, 16)).astype(np.float32)
+    np.savez("eval.npz", image=images, label=run_model(network(), {"image": images})[0].argmax(axis=1))
+    assert optimize("--keep-macs", "0.7", "--eval", "eval.npz", "--metric", "top1") == 0
+    assert "top1 (6 samples)" in capsys.readouterr().out
+
+
+def test_verbose_logs_on_standard_error(folder: Path, capsys: Captured) -> None:
+    save(shared(), folder)
+    assert (
+        run(["-v", "optimize", "model.onnx", "-o", "out.onnx", "--threads", "1", "--max-error", "0.05", "--json"]) == 0
+    )
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["goal"]["kind"] == "max-error"
+    assert "relative error" in captured.err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["optimize", "--help"]])
+def test_help(arguments: list[str], folder: Path, capsys: Captured) -> None:
+    assert run(arguments) == 0
+    text = capsys.readouterr().out
+    assert "Usage" in text
+    if "optimize" in arguments:
+        assert all(option in text for option in ("--speedup", "--keep-macs", "--recipe", "--plan-out", "--bisect"))
+
+
+def test_main_exits_with_the_code(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    monkeypatch.setattr(sys, "argv", ["onnx-lowrank", "apply", "model.onnx", "missing.json", "-o", "out.onnx"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("error: got missing.json (")
+
+
+def test_progress_is_shown_on_a_terminal_only() -> None:
+    for terminal in (True, False):
+        text = io.StringIO()
+        phases = phases_on(Console(file=text, force_terminal=terminal, width=80))
+        with phases.phase("decompose") as advance:
+            advance(3, 7)
+        with phases.phase("decompose") as advance:
+            advance(7, 7)
+        assert list(phases.seconds) == ["decompose"]
+        assert ("decompose" in text.getvalue()) == terminal
+
+
+def test_the_demo_runs_offline(folder: Path, capsys: Captured) -> None:
+    code = run(["demo", "--speedup", "1.01", "-o", "demo.onnx", "--json"])
+    raw = parsed(capsys)
+    assert code == (0 if raw["goal"]["reached"] else 3)
+    assert raw["accuracy"]["samples"] == 2000
+    assert raw["accuracy"]["before"] > 0.9
+    assert raw["accuracy"]["after"] > 0.85
+    onnx.checker.check_model(str(folder / "demo.onnx"), full_check=True)

@@ -1,0 +1,63 @@
+"""Decomposed weights are kept: beyond the memory limit on disk, and only while the disk has room."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+import numpy as np
+import pytest
+from builders import product_model
+
+from onnx_lowrank.graph.layers import layers
+from onnx_lowrank.graph.model import Graph
+from onnx_lowrank.layer import Layer
+from onnx_lowrank.passes.decompose import decompositions
+from onnx_lowrank.search.factorizations import FactorizationCache
+
+SVD = decompositions()["svd"]
+SIZES = ((4, 6), (5, 7), (6, 8))
+
+
+def some_layers() -> list[Layer]:
+    made: list[Layer] = []
+    for number, size in enumerate(SIZES):
+        proto = product_model("MatMul", [3, size[0]], size)
+        proto.graph.node[0].name = f"product{number}"
+        made.extend(layers(Graph(proto))[0])
+    return made
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 30])
+def test_what_was_made_comes_back(tmp_path: Path, limit: int) -> None:
+    cache, found = FactorizationCache(limit, tmp_path), some_layers()
+    fresh = [cache.make(layer, SVD).factors((2,)) for layer in found]
+    assert len(list(tmp_path.iterdir())) == (len(found) - 1 if limit == 0 else 0)
+    assert list(cache) == [(layer.key, "svd") for layer in (found[-1:] + found[:-1] if limit == 0 else found)]
+    assert len(cache) == len(found)
+    for layer, factors in zip(found, fresh, strict=True):
+        kept = cache.make(layer, SVD, weight=np.zeros(layer.shape.weight)).factors((2,))
+        assert all(np.array_equal(a, b) for a, b in zip(factors, kept, strict=True))
+    assert cache.get((found[0].key, "no method")) is None
+
+
+def test_on_a_full_disk_they_are_forgotten(tmp_path: Path) -> None:
+    cache, found = FactorizationCache(0, tmp_path), some_layers()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
+    try:
+        cache.make(found[0], SVD)
+        cache.make(found[1], SVD)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(cache) == [(found[1].key, "svd")]
+    assert not list(tmp_path.iterdir())
+
+
+def test_half_of_the_free_disk_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, found = FactorizationCache(0, tmp_path), some_layers()
+    cache._reserve = 1 << 62
+    cache.make(found[0], SVD)
+    cache.make(found[1], SVD)
+    assert list(cache) == [(found[1].key, "svd")]
+    assert not list(tmp_path.iterdir())
