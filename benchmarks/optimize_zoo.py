@@ -3,8 +3,8 @@
     python -m benchmarks.optimize_zoo --name speedup_1.5 --speedup 1.5
     python -m benchmarks.optimize_zoo --name full_rank --allocator full_rank --keep-macs 1 --no-metric
 
-Everything behind the model names that this script does not know is handed to `onnx-lowrank optimize`. Each model is optimized by the
-command line in a process of its own, then the written file is evaluated against the original on the model's task.
+Options that this script does not know are handed to `onnx-lowrank optimize`. Each model is optimized by the command
+line in a process of its own, then the written file is evaluated against the original on the model's task.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from benchmarks.zoo import results
 from benchmarks.zoo.cache import default_cache
@@ -67,22 +68,23 @@ def optimize(model: ZooModel, options: list[str], *, metric: bool) -> Row:
     return row
 
 
-def _figures(report: dict[str, dict[str, float]]) -> Row:
+def _figures(report: dict[str, Any]) -> Row:
     latency, size, layers = report["latency"], report["size"], report["layers"]
     return {
         "before_ms": round(latency["before_ms"], 3),
         "after_ms": round(latency["after_ms"], 3),
         "predicted_ms": round(latency["predicted_ms"], 3),
         "speedup": round(latency["speedup"], 3),
-        "ci95": _span(latency["ci95"]),  # pyright: ignore[reportArgumentType] - a list in the report's JSON
+        "ci95": _span(latency["ci95"]),
         "low_rank_speedup": round(latency["low_rank_speedup"], 3),
         "clock": str(latency["clock"]),
         "disturbed": bool(latency["disturbed"]),
         "macs_kept": round(size["macs_after"] / max(size["macs_before"], 1), 3),
         "params_kept": round(size["params_after"] / max(size["params_before"], 1), 3),
-        "factorized": sum(row["decision"] == "factorized" for row in layers),  # pyright: ignore[reportArgumentType, reportIndexIssue]
+        "factorized": sum(row["decision"] == "factorized" for row in layers),
         "weight_nodes": len(layers),
         "relative_error": float(f"{report['fidelity']['relative_error']:.3g}"),
+        "worst_output": float(f"{max(output['relative'] for output in report['fidelity']['outputs']):.3g}"),
         "goal_reached": bool(report["goal"]["reached"]),
     }
 

@@ -25,7 +25,6 @@ class Choice:
         rank: Empty for "keep".
         predicted_error: Relative Frobenius error of the weight; 0 for "keep".
         predicted_ms: Milliseconds per run, chain and following activation; None where it was not measured.
-        reason: Why, in words.
     """
 
     key: str
@@ -34,7 +33,6 @@ class Choice:
     rank: Rank = ()
     predicted_error: float = 0.0
     predicted_ms: float | None = None
-    reason: str = ""
 
     @property
     def keeps(self) -> bool:
@@ -134,5 +132,4 @@ def _choice(item: dict[str, Any]) -> Choice:
         rank=rank,
         predicted_error=float(item.get("predicted_error", 0.0)),
         predicted_ms=None if ms is None else float(ms),
-        reason=str(item.get("reason", "")),
     )

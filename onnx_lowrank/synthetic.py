@@ -60,19 +60,7 @@ def resolve_shapes(
             shapes[spec.name] = given[spec.name]
             _check_size(spec, given[spec.name])
             continue
-        guessed = False
-        sizes: list[int] = []
-        for axis, dim in enumerate(spec.shape):
-            if not isinstance(dim, int):
-                known = bound.get(dim) if dim is not None else None
-                guessed |= known is None
-                dim_size = known or _guess(spec, axis, image_size, other_size)
-                if dim is not None:
-                    bound[dim] = dim_size
-            else:
-                dim_size = dim
-            sizes.append(dim_size)
-        shapes[spec.name] = tuple(sizes)
+        shapes[spec.name], guessed = _filled(spec, bound, image_size, other_size)
         _check_size(spec, shapes[spec.name])
         if guessed:
             text = _text(shapes[spec.name])
@@ -164,6 +152,22 @@ def _check_size(spec: TensorSpec, shape: Shape) -> None:
         raise InputError(
             f"input {spec} of shape {_text(shape)}", f"at most {LARGEST_INPUT:,} values", "give a smaller --shape"
         )
+
+
+def _filled(spec: TensorSpec, bound: dict[str, int], image_size: int, other_size: int) -> tuple[Shape, bool]:
+    """The shape with every open dimension filled, and whether one was guessed; `bound` learns the symbols guessed."""
+    guessed = False
+    sizes: list[int] = []
+    for axis, dim in enumerate(spec.shape):
+        if isinstance(dim, int):
+            sizes.append(dim)
+            continue
+        known = None if dim is None else bound.get(dim)
+        guessed |= known is None
+        sizes.append(known or _guess(spec, axis, image_size, other_size))
+        if dim is not None:
+            bound[dim] = sizes[-1]
+    return tuple(sizes), guessed
 
 
 def _guess(spec: TensorSpec, axis: int, image_size: int, other_size: int) -> int:

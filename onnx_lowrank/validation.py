@@ -60,10 +60,11 @@ class Validation:
         Raises:
             InvalidResultError: if either is violated.
         """
+        file = Path(self.optimized).name
         for output in self.outputs:
             if output.non_finite_new:
                 raise InvalidResultError(
-                    f"{output.non_finite_new} NaN or infinite values in output {output.name!r} of {self.optimized}",
+                    f"{output.non_finite_new} NaN or infinite values in output {output.name!r} of {file}",
                     "finite values wherever the original has them",
                     "use a smaller goal, or keep the layers in front of it with --keep",
                 )

@@ -186,6 +186,7 @@ SETUPS: dict[str, Callable[[], object]] = {
     "invalid graph": _changed(lambda proto: proto.graph.node[0].input.pop(0)),
     "invalid attribute": _model(_wrong_pads),
     "no such name": _changed(lambda proto: proto.graph.initializer.pop(0)),
+    "unknown element type": _changed(lambda p: setattr(p.graph.input[0].type.tensor_type, "elem_type", 1000)),
     "old opset": _changed(lambda proto: setattr(proto.opset_import[0], "version", 6)),
     "custom operator": _model(_custom_operator),
     "external data missing": _external("weights"),

@@ -152,10 +152,10 @@ def everything_model() -> ModelProto:
     return proto
 
 
-def run_model(proto: ModelProto, feeds: dict[str, NDArray[np.generic]]) -> list[NDArray[np.float64]]:
+def run_model(proto: ModelProto, feeds: Mapping[str, NDArray[np.generic]]) -> list[NDArray[np.float64]]:
     """Outputs of a model on onnxruntime's CPU provider, in float64."""
     session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
-    return [np.asarray(array, np.float64) for array in session.run(None, feeds)]
+    return [np.asarray(array, np.float64) for array in session.run(None, dict(feeds))]
 
 
 def worst_error(expected: Sequence[NDArray[np.float64]], got: Sequence[NDArray[np.float64]]) -> float:

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 from builders import model, value
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape_inference
 
 from onnx_lowrank.goals import DEFAULT_GOAL, Goal
+from onnx_lowrank.pipeline import optimize
+from onnx_lowrank.plan import Plan
+from onnx_lowrank.report.model import Report
 from onnx_lowrank.settings import Settings
 from onnx_lowrank.target import InputShapes, Target
 
 WEIGHT_BEARING = {"Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "LSTM", "GRU"}
 
 
-def on_one_thread(goal: Goal = DEFAULT_GOAL, *, shapes: Sequence[InputShapes] = (), **options: object) -> Settings:
+def on_one_thread(goal: Goal = DEFAULT_GOAL, *, shapes: Sequence[InputShapes] = (), **options: Any) -> Settings:
     """Settings for a quick, steady run."""
-    return Settings(goal, Target(threads=1, shapes=tuple(shapes)), **options)  # pyright: ignore[reportArgumentType] - forwarded
+    return Settings(goal, Target(threads=1, shapes=tuple(shapes)), **options)
 
 
 def low_rank(shape: Sequence[int], rank: int, seed: int, noise: float = 0.01) -> NDArray[np.float32]:
@@ -33,7 +38,7 @@ def low_rank(shape: Sequence[int], rank: int, seed: int, noise: float = 0.01) ->
     return (noisy * math.sqrt(2 / columns)).reshape(shape).astype(np.float32)
 
 
-def node(op: str, inputs: str, output: str, name: str = "", **attributes: object) -> NodeProto:
+def node(op: str, inputs: str, output: str, name: str = "", **attributes: Any) -> NodeProto:
     """A node; inputs in one string."""
     return helper.make_node(op, inputs.split(), [output], name=name, **attributes)
 
@@ -141,3 +146,50 @@ def parameter_count(proto: ModelProto) -> int:
     """Elements of all initializers of real numbers."""
     arrays = [numpy_helper.to_array(tensor) for tensor in proto.graph.initializer]
     return sum(array.size for array in arrays if array.dtype.kind not in "biu")
+
+
+@dataclass(frozen=True, eq=False)
+class Ride:
+    """One trip down the road."""
+
+    source: Path
+    out: Path
+    report: Report
+    plan: Plan
+
+    @property
+    def result(self) -> ModelProto:
+        """The model that was written."""
+        return onnx.load(self.out)
+
+
+def ride(proto: ModelProto, folder: Path, settings: Settings, *, external: bool = False) -> Ride:
+    """Optimize a model in a folder."""
+    source = save_external(proto, folder) if external else save(proto, folder)
+    out = folder / "out.onnx"
+    return Ride(source, out, *optimize(source, out, settings))
+
+
+def macs(proto: ModelProto, shapes: Mapping[str, tuple[int, ...]]) -> float:
+    """Multiply-accumulates of Conv and MatMul, from inferred shapes alone."""
+    fixed = ModelProto()
+    fixed.CopyFrom(proto)
+    for given in fixed.graph.input:
+        for dim, size in zip(given.type.tensor_type.shape.dim, shapes[given.name], strict=True):
+            dim.dim_value = size
+    del fixed.graph.value_info[:]
+    for result in fixed.graph.output:
+        result.type.tensor_type.ClearField("shape")
+    inferred = shape_inference.infer_shapes(fixed, data_prop=True).graph
+    known = {
+        v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in (*inferred.value_info, *inferred.output)
+    }
+    known |= {name: list(shape) for name, shape in shapes.items()}
+    known |= {tensor.name: list(tensor.dims) for tensor in proto.graph.initializer}
+    total = 0.0
+    for n in proto.graph.node:
+        if n.op_type == "Conv":
+            total += math.prod(known[n.output[0]]) * math.prod(known[n.input[1]][1:])
+        elif n.op_type == "MatMul":
+            total += math.prod(known[n.output[0]]) * known[n.input[0]][-1]
+    return total

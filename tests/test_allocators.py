@@ -56,7 +56,7 @@ def test_knapsack_is_optimal(problem: Problem) -> None:
         assert problem.total(chosen) == min(map(problem.total, itertools.product(*problem.layers)))
         return
     assert problem.total(chosen) <= problem.budget * (1 + 1e-9)
-    assert loss(chosen) == pytest.approx(min(map(loss, possible)), abs=1e-6)
+    assert loss(chosen) == pytest.approx(min(map(loss, possible)), abs=1e-6, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_a_larger_budget_never_costs_accuracy(name: str, problem: Problem) -> No
 
 
 def by_hand() -> tuple[Choice, ...]:
-    """Three layers of 10 ms. Losses are squares: 0.01, 0.04, 0.09, 0.16, 0.25, 0.64."""
+    """Three layers of 10 ms. Losses, -log(1 - e^2): 0.010, 0.041, 0.094, 0.174, 0.288, 1.022."""
     return (
         (option(0, 10, 0.0), option(0, 6, 0.1), option(0, 3, 0.4)),
         (option(1, 10, 0.0), option(1, 5, 0.3), option(1, 4, 0.5)),
@@ -106,11 +106,11 @@ def by_hand() -> tuple[Choice, ...]:
     ("budget", "costs"),
     [
         (30, (10, 10, 10)),
-        (26, (6, 10, 10)),  # 0.01
-        (23, (6, 10, 7)),  # 0.05, where (3, 10, 10) would cost 0.16
-        (21, (6, 5, 10)),  # 0.10, where (3, 10, 7) would cost 0.20
-        (18, (6, 5, 7)),  # 0.14
-        (15, (3, 5, 7)),  # 0.29, where (6, 5, 2) would cost 0.74
+        (26, (6, 10, 10)),  # 0.010
+        (23, (6, 10, 7)),  # 0.051, where (3, 10, 10) would cost 0.174
+        (21, (6, 5, 10)),  # 0.104, where (3, 10, 7) would cost 0.215
+        (18, (6, 5, 7)),  # 0.145
+        (15, (3, 5, 7)),  # 0.309, where (6, 5, 2) would cost 1.126
         (9, (3, 4, 2)),  # everything at its cheapest
         (8, (3, 4, 2)),  # out of reach: the cheapest all the same
     ],

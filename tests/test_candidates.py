@@ -113,3 +113,8 @@ def test_problem_sums_and_finds_the_cheapest() -> None:
     problem = Problem(((dear, cheap), (dear, cheap, same_price)), "macs", math.inf)
     assert problem.cheapest() == (cheap, same_price)
     assert problem.total(problem.cheapest()) == 4.0
+
+
+def test_a_layer_given_up_costs_more_than_many_layers_trimmed_but_no_infinity() -> None:
+    assert 30 * option(0.4, 1.0).loss < option(1.0, 1.0).loss < math.inf
+    assert option(0.0, 1.0).loss == 0.0

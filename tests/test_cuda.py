@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 from builders import model, value
-from onnx import helper
+from onnx import TensorProto, helper
 
+from onnx_lowrank.errors import ProviderError
+from onnx_lowrank.goals import KeepMacs
+from onnx_lowrank.latency.machine import accelerator, fingerprint
+from onnx_lowrank.pipeline import optimize
 from onnx_lowrank.runtime import open_session, provider_reason
+from onnx_lowrank.settings import Settings
 from onnx_lowrank.synthetic import synthetic_feeds
-from onnx_lowrank.target import Target
+from onnx_lowrank.target import CONV_SEARCHES, Target
 from onnx_lowrank.validation import validate
 
 pytestmark = pytest.mark.cuda
-EXACT = {"use_tf32": "0"}  # TensorFloat-32 is on by default and differs by 1e-3
+CUDA = Target("cuda", threads=1)
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +50,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_outputs_are_those_of_the_cpu(path: Path) -> None:
-    device = open_session(path, Target("cuda", threads=1, provider_options=EXACT))
+    device = open_session(path, CUDA.exact())
     host = open_session(path, Target("cpu", threads=1))
     feeds = synthetic_feeds(host.signature.inputs, {"x": (2, 8, 20, 20)}, seed=0)
     np.testing.assert_allclose(device.run(feeds)["y"], host.run(feeds)["y"], rtol=1e-4, atol=1e-5)
@@ -58,5 +64,45 @@ def test_provider_options_are_taken_and_a_bound_run_is_timed(path: Path, search:
 
 
 def test_a_model_validates_against_itself(path: Path) -> None:
-    found = validate(path, path, Target("cuda", threads=1, provider_options=EXACT), max_error=1e-4)
+    found = validate(path, path, CUDA, max_error=1e-4)
     assert found.engine == "onnxruntime"
+
+
+def test_computations_of_shapes_pass_a_strict_run_and_integers_from_data_do_not(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Shape", ["x"], ["s"], name="shape"),
+        helper.make_node("Gather", ["s", "zero"], ["n"], name="gather"),
+        helper.make_node("Unsqueeze", ["n", "axis"], ["n1"], name="unsqueeze"),
+        helper.make_node("Concat", ["n1", "rest"], ["to"], name="concat", axis=0),
+        helper.make_node("Reshape", ["x", "to"], ["y"], name="reshape"),
+    ]
+    constants = {
+        "zero": np.array(0, np.int64),
+        "axis": np.array([0], np.int64),
+        "rest": np.array([-1], np.int64),
+    }
+    proto = model(nodes, [value("x", ["N", 4, 4])], [value("y", ["N", "M"])], constants)
+    session = open_session(proto.SerializeToString(), CUDA)
+    assert {text.partition(" ")[0] for text in session.on_host} <= {"Shape", "Gather", "Unsqueeze", "Concat"}
+    text = model(
+        [helper.make_node("StringNormalizer", ["x"], ["y"], name="text")],
+        [value("x", [1], TensorProto.STRING)],
+        [value("y", [1], TensorProto.STRING)],
+    )
+    with pytest.raises(ProviderError, match="StringNormalizer text"):
+        open_session(text.SerializeToString(), CUDA)
+    assert open_session(text.SerializeToString(), replace(CUDA, allow_fallback=True)).on_host == ()
+
+
+def test_the_whole_road_reports_its_provider_options(path: Path, tmp_path: Path, quick: None) -> None:
+    report, _ = optimize(path, tmp_path / "out.onnx", Settings(KeepMacs(0.9), CUDA))
+    options = report.environment["provider_options"]
+    assert isinstance(options, dict)
+    assert options["cudnn_conv_algo_search"] in CONV_SEARCHES
+    assert options["use_tf32"] == "1"
+    assert report.fidelity["engine"] == "onnxruntime"
+
+
+def test_latencies_are_kept_under_the_name_of_the_gpu() -> None:
+    assert accelerator()
+    assert fingerprint(CUDA).endswith(accelerator())

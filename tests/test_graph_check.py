@@ -121,3 +121,17 @@ def test_shape_that_does_not_fit_is_refused(shapes: dict[str, tuple[int, ...]], 
     with pytest.raises(InputError) as caught:
         inferred_shapes(Graph(chain_model()), shapes)
     assert str(caught.value) == message
+
+
+def test_what_is_tolerated_may_move_to_another_node(tmp_path: Path) -> None:
+    proto = chain_model(declared=9)
+    onnx.save(proto, tmp_path / "m.onnx")
+    tolerated = load(tmp_path / "m.onnx").tolerated
+    for node in proto.graph.node:
+        node.name += " rewritten"
+    graph = Graph(proto)
+    graph.tolerated = tolerated
+    check(graph)
+    graph.tolerated = frozenset()
+    with pytest.raises(InvalidResultError, match="rewritten"):
+        check(graph)

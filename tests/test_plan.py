@@ -24,7 +24,6 @@ CHOICES = st.builds(
     rank=st.lists(st.integers(1, 999), max_size=3).map(tuple),
     predicted_error=NUMBERS,
     predicted_ms=st.none() | NUMBERS,
-    reason=TEXT,
 )
 SPECS = st.builds(PassSpec, TEXT, st.dictionaries(TEXT, st.integers() | st.booleans() | TEXT, max_size=2))
 PLANS = st.builds(
@@ -38,7 +37,7 @@ PLANS = st.builds(
 
 
 def small() -> Plan:
-    return Plan("ab" * 32, (Choice("conv", "conv", "svd", (8,), 0.1, 1.5, "faster"),), (PassSpec("fold_constants"),))
+    return Plan("ab" * 32, (Choice("conv", "conv", "svd", (8,), 0.1, 1.5),), (PassSpec("fold_constants"),))
 
 
 @settings(deadline=None, max_examples=60)
@@ -64,7 +63,7 @@ def test_digest_changes_with_what_decides_the_model_and_nothing_else() -> None:
     def with_choice(**changes: Any) -> Plan:
         return Plan(plan.model_sha256, (Choice(**{**vars(conv), **changes}),), plan.passes)
 
-    same = [with_choice(reason="", predicted_ms=None), Plan(plan.model_sha256, plan.layers, plan.passes, "data")]
+    same = [with_choice(predicted_ms=None), Plan(plan.model_sha256, plan.layers, plan.passes, "data")]
     other = [
         with_choice(rank=(9,)),
         with_choice(method="tucker2"),

@@ -203,3 +203,10 @@ def test_profile_events_name_fused_kernels(tmp_path: Path):
 
 def test_versions_name_what_numbers_depend_on():
     assert {"python", "onnxruntime", "onnx", "numpy"} <= set(versions())
+
+
+def test_wrongly_declared_output_is_timed_all_the_same():
+    proto = conv()
+    proto.graph.output[0].type.tensor_type.shape.dim[1].dim_value += 3
+    feeds = {"x": np.ones((1, 3, 8, 8), np.float32)}
+    assert len(open_session(proto.SerializeToString(), ONE).time(feeds, 3)) == 3

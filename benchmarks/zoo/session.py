@@ -27,4 +27,5 @@ class Session:
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
         """All outputs, in graph order."""
-        return self._session.run(None, dict(feeds))
+        outputs: Any = self._session.run(None, dict(feeds))
+        return list(outputs)

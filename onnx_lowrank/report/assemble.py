@@ -82,7 +82,9 @@ def assemble(analysis: Analysis, settings: Settings, path: Path, phases: Phases)
         passes=tuple(
             {
                 "name": record.name,
-                "options": {key: str(value) for key, value in record.options.items() if key != "plan"},
+                "options": {
+                    key: plain for key, plain in record.options.items() if isinstance(plain, str | int | float)
+                },
                 "modified": record.modified,
                 "seconds": round(record.seconds, 4),
                 "notes": [f"{note.node}: {note.text}" for note in record.notes],
@@ -103,7 +105,7 @@ def _limits_error(settings: Settings) -> bool:
 def _latency(analysis: Analysis, path: Path) -> Latency:
     racer = analysis.bench.racer
     final = racer.best_level(path)
-    race = racer.race([analysis.ready.original, analysis.ready.normalized, final], 1.5 * racer.seconds)
+    race = racer.race([analysis.ready.original, analysis.ready.normalized, final], 3 * racer.seconds)
     speedup, low_rank = race.ratio(0, 2), race.ratio(1, 2)
     before, normalized, after = (timing.median_ms for timing in race.timings)
     levels = {

@@ -55,8 +55,8 @@ class Latency:
         before_ms: The original.
         normalized_ms: After the exact rewrites, before any factorization.
         after_ms: The optimized model.
-        predicted_ms: What the search expected: the predicted share of `normalized_ms`, a share that was fixed before the
-            optimized model was first timed.
+        predicted_ms: What the search expected: the predicted share of `normalized_ms`, a share that was fixed before
+            the optimized model was first timed.
         speedup: before / after, median of the ratios of neighbouring runs.
         low_rank_speedup: normalized / after, likewise.
         ci95: 95 % interval of `speedup`.

@@ -240,6 +240,6 @@ def _totals(settings: Settings, found: Survey, rows: Sequence[Row], graph: Graph
 
 def _plan(source: Source, records: Sequence[PassRecord], found: Survey, chosen: Sequence[Candidate]) -> Plan:
     nodes = {layer.key: layer.nodes[0] for layer in found.layers}
-    choices = tuple(Choice(c.key, nodes[c.key], c.method, c.rank, c.error, c.ms, reason="") for c in chosen)
+    choices = tuple(Choice(c.key, nodes[c.key], c.method, c.rank, c.error, c.ms) for c in chosen)
     passes = tuple(PassSpec(record.name, record.options) for record in records)
     return Plan(source.sha256, choices, passes, source.data.sha256 if source.data else None, versions())

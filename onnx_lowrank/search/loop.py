@@ -166,6 +166,11 @@ class Loop:
                 best = found[-1]
         if not any(candidate.chain for candidate in best.chosen):
             return Outcome(best, reached=True, reason="no rewrite stays within the limit: every layer is kept")
+        best = self.timed(best)
+        check = any(candidate.exact for candidate in best.chosen)  # full rank: slower, and meant to be
+        if not check and best.race is not None and best.race.ratio(1, 2).high < 1:
+            reason = f"what stays within the limit is slower ({best.race.ratio(1, 2)}): every layer is kept"
+            return Outcome(self._attempt(self._keep_all(), self.prediction), reached=True, reason=reason)
         return Outcome(best, reached=True, reason=f"relative error {best.error:.4g} is within {goal.value:g}")
 
     def _keep_all(self) -> tuple[Candidate, ...]:

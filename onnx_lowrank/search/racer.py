@@ -48,7 +48,7 @@ class Racer:
     samples: Sequence[Sample]
     folder: Path
     as_float32: bool = False
-    seconds: float = 8.0
+    seconds: float = 15.0
     _twins: dict[Path, Path] = field(default_factory=dict[Path, Path], init=False)
 
     def best_level(self, path: Path) -> Contestant:

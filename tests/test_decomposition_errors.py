@@ -1,0 +1,178 @@
+"""The contract of every decomposition, arrays only: errors, bounds, ranks, counts and refusals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+
+from onnx_lowrank.decomposition import Decomposition, Rank, aligned
+from onnx_lowrank.layer import Array, LayerShape
+from onnx_lowrank.passes.decompose import decompositions
+from onnx_lowrank.passes.decompose.tucker2 import Tucker2
+from onnx_lowrank.passes.decompose.two_stage import TwoStage
+
+METHODS = decompositions()
+every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
+RNG = np.random.default_rng(5)
+
+
+def all_ranks(limit: Rank) -> list[Rank]:
+    return [tuple(int(i) + 1 for i in index) for index in np.ndindex(*limit)]
+
+
+SHAPES = [
+    LayerShape(1, 5, 4, (3, 3)),
+    LayerShape(2, 4, 3, (3, 2)),
+    LayerShape(1, 6, 3, (1, 5)),
+    LayerShape(1, 4, 5, (3,)),
+    LayerShape(1, 3, 4, (2, 3, 2)),
+    LayerShape(1, 6, 9),
+    LayerShape(3, 4, 5),
+    LayerShape(1, 7, 4, (1, 1)),
+]
+
+
+@every_method
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_errors_never_rise_with_the_rank(method: Decomposition, shape: LayerShape) -> None:
+    limit = method.exact_rank(shape)
+    if method.refusal(shape) is not None or limit is None:
+        return
+    made = method.factorize(RNG.standard_normal(shape.weight))
+    for rank in all_ranks(limit):
+        for axis in range(len(rank)):
+            if rank[axis] > 1:
+                less = (*rank[:axis], rank[axis] - 1, *rank[axis + 1 :])
+                assert made.error(rank) <= made.error(less) + 1e-12
+                assert made.spectral_error(rank) <= made.spectral_error(less) + 1e-12
+    assert made.error(limit) == pytest.approx(0, abs=1e-7)
+    assert made.spectral_error(limit) == pytest.approx(0, abs=1e-7)
+
+
+def unfolded(method: Decomposition, weight: Array) -> Array:
+    """The unfolding that a method's spectral error is relative to, (g, rows, columns)."""
+    groups, out, _, *kernel = weight.shape
+    first = method.first_axes(tuple(kernel)) if isinstance(method, TwoStage) else tuple(range(len(kernel)))
+    last = tuple(axis for axis in range(len(kernel)) if axis not in first)
+    order = (0, 1, *(3 + axis for axis in last), 2, *(3 + axis for axis in first))
+    return weight.transpose(order).reshape(groups, out * math.prod(kernel[axis] for axis in last), -1)
+
+
+@every_method
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("seed", range(3))
+def test_spectral_error_is_an_upper_bound(method: Decomposition, shape: LayerShape, seed: int) -> None:
+    limit = method.exact_rank(shape)
+    if method.refusal(shape) is not None or limit is None:
+        return
+    weight = np.random.default_rng(seed).standard_normal(shape.weight)
+    if seed == 2:  # energy in one filter: the output unfolding feels what the input unfolding spreads
+        weight[:, 1:] *= 0.01
+    made = method.factorize(weight)
+    largest = np.linalg.norm(unfolded(method, weight), 2, axis=(1, 2)).max()
+    for rank in all_ranks(limit):
+        cut = weight - method.chain(shape, rank).dense(made.factors(rank))
+        spectral = np.linalg.norm(unfolded(method, cut), 2, axis=(1, 2)).max()
+        assert spectral / largest <= made.spectral_error(rank) + 1e-7, rank
+
+
+FORMULAS: dict[str, Callable[[int, int, Sequence[int], Rank], int]] = {
+    "svd": lambda s, c, k, r: r[0] * c * math.prod(k) + s * r[0],
+    "svd_input": lambda s, c, k, r: r[0] * c + s * r[0] * math.prod(k),
+    "spatial_svd": lambda s, c, k, r: r[0] * c * k[0] + s * r[0] * math.prod(k[1:]),
+    "spatial_svd_reversed": lambda s, c, k, r: r[0] * c * math.prod(k[1:]) + s * r[0] * k[0],
+    "tucker2": lambda s, c, k, r: r[0] * c + r[0] * r[1] * math.prod(k) + s * r[1],
+}
+
+
+@every_method
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_weights_of_the_chain_follow_the_published_formula(method: Decomposition, shape: LayerShape) -> None:
+    limit = method.exact_rank(shape)
+    if method.name not in FORMULAS or method.refusal(shape) is not None or limit is None:
+        return
+    for rank in all_ranks(limit):
+        expected = shape.groups * FORMULAS[method.name](shape.out, shape.in_, shape.kernel, rank)
+        assert method.chain(shape, rank).params == expected
+
+
+@every_method
+@pytest.mark.parametrize("block", [1, 4, 16])
+@pytest.mark.parametrize("shape", [LayerShape(1, 48, 40, (3, 3)), LayerShape(2, 12, 20, (5, 1)), LayerShape(1, 64, 30)])
+def test_ranks_are_aligned_and_save_weights(method: Decomposition, shape: LayerShape, block: int) -> None:
+    if method.refusal(shape) is not None:
+        return
+    ranks = method.ranks(shape, block)
+    assert ranks
+    assert len(set(ranks)) == len(ranks)
+    for rank in ranks:
+        assert method.chain(shape, rank).params < shape.params
+        assert all(part % block == 0 or block % part == 0 for part in rank)
+        assert all(part <= most for part, most in zip(rank, method.exact_rank(shape) or rank, strict=True))
+
+
+@every_method
+def test_zero_weights_cost_nothing(method: Decomposition) -> None:
+    shape = LayerShape(1, 4, 3, (3, 3))
+    made = method.factorize(np.zeros(shape.weight))
+    rank = tuple(1 for _ in method.exact_rank(shape) or ())
+    assert (made.error(rank), made.spectral_error(rank)) == (0.0, 0.0)
+    assert all(np.isfinite(factor).all() for factor in made.factors(rank))
+
+
+@pytest.mark.parametrize(
+    ("method", "shape", "sentence"),
+    [
+        ("svd", LayerShape(1, 1, 9), "9->1 is a vector: there is no rank to cut"),
+        ("svd_input", LayerShape(1, 8, 9, (1, 1)), "9->8 1x1 has no kernel: svd gives the same chain"),
+        ("svd_input", LayerShape(4, 1, 1, (3, 3)), "4*1->1 3x3 has one channel on a side: there is no rank to cut"),
+        (
+            "spatial_svd",
+            LayerShape(1, 8, 9, (3,)),
+            "9->8 3 has fewer than two spatial axes: there is nothing to separate",
+        ),
+        (
+            "spatial_svd",
+            LayerShape(1, 8, 9, (1, 3)),
+            "9->8 1x3 is 1 wide along one spatial axis: svd gives the same chain",
+        ),
+        (
+            "spatial_svd_reversed",
+            LayerShape(1, 8, 9, (3, 1)),
+            "9->8 3x1 is 1 wide along one spatial axis: svd gives the same chain",
+        ),
+        ("tucker2", LayerShape(1, 8, 9), "9->8 has no kernel: svd reaches the same error with one stage less"),
+        (
+            "tucker2",
+            LayerShape(1, 8, 1, (3, 3)),
+            "1->8 3x3 has one channel on a side: svd gives the same chain with one stage less",
+        ),
+    ],
+)
+def test_refusals(method: str, shape: LayerShape, sentence: str) -> None:
+    assert METHODS[method].refusal(shape) == sentence
+
+
+def test_hooi_improves_on_truncated_hosvd() -> None:
+    shape = LayerShape(1, 12, 10, (3, 3))
+    weight = RNG.standard_normal(shape.weight)
+    errors: list[float] = []
+    for sweeps in (0, 3):
+        method = Tucker2(sweeps=sweeps)
+        made = method.factorize(weight)
+        product = method.chain(shape, (4, 5)).dense(made.factors((4, 5)))
+        errors.append(float(np.linalg.norm(weight - product) / np.linalg.norm(weight)))
+        assert errors[-1] <= made.error((4, 5)) + 1e-12
+    assert errors[0] == pytest.approx(made.error((4, 5)), abs=1e-10)
+    assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize(
+    ("limit", "block", "ranks"),
+    [(40, 16, [1, 2, 4, 8, 16, 32]), (7, 16, [1, 2, 4]), (4, 1, [1, 2, 3, 4]), (0, 8, []), (8, 8, [1, 2, 4, 8])],
+)
+def test_aligned(limit: int, block: int, ranks: list[int]) -> None:
+    assert aligned(limit, block) == ranks
