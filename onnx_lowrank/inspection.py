@@ -57,15 +57,15 @@ class InspectedLayer:
     verdict: str
 
 
-def inspect(model: Path, settings: Settings, phases: Phases | None = None) -> list[InspectedLayer]:
+def inspect(model: Path | str, settings: Settings | None = None, phases: Phases | None = None) -> list[InspectedLayer]:
     """Look at a model; nothing is written.
 
     Raises:
         InputError: if the model or the data cannot be used.
     """
-    phases = phases or Phases()
+    settings, phases = settings or Settings(), phases or Phases()
     with phases.phase("read"):
-        source = read_source(model, settings.calibration)
+        source = read_source(Path(model), settings.calibration)
     with tempfile.TemporaryDirectory(prefix="onnx-lowrank-") as folder:
         ready = prepare(source, settings, Path(folder), phases)
     found, total = ready.survey, parameters(ready.survey.graph)

@@ -49,6 +49,8 @@ class Bench:
         self._number += 1
         path = self.folder / (name or f"trial{self._number}.onnx")
         before = self.graph.snapshot()
+        # Edit a copy: the layers that were surveyed hold on to the present scopes, and would to the new weights in them.
+        self.graph.restore(before)
         try:
             (record,) = PassManager((Factor(plan, self.methods, self.cache),)).run(self.graph)
             io.save(self.graph, path)

@@ -156,9 +156,9 @@ class Loop:
         slow, fast = self.prediction.normalized_ms, self.prediction.fastest_ms()
         best, found = self._attempt(self._keep_all(), self.prediction), list[Attempt]()
         for wanted in _bisection(fast, slow, lambda: bool(found) and (found[-1].error or 0.0) <= goal.value):
-            chosen = self.allocator(self.prediction.problem("ms", wanted))
-            if self.bench.late:
+            if found and self.bench.late:
                 break
+            chosen = self.allocator(self.prediction.problem("ms", wanted))
             attempt = self._attempt(chosen, self.prediction)
             found.append(replace(attempt, error=self.error_of(attempt.path)))
             logger.info("at %.3f ms: relative error %.4g", wanted, found[-1].error)
