@@ -1,9 +1,9 @@
 """Run the main job on the models of the zoo and record what it gained and cost.
 
-    python -m benchmarks.optimize_zoo --name speedup_1.5 --speedup 1.5
-    python -m benchmarks.optimize_zoo --name full_rank --allocator full_rank --keep-macs 1 --no-metric
+    python -m benchmarks.optimize_zoo --name speedup_1.5 -- --speedup 1.5
+    python -m benchmarks.optimize_zoo --name full_rank --no-metric -- --allocator full_rank --keep-macs 1 --time-limit 3
 
-Options that this script does not know are handed to `onnx-lowrank optimize`. Each model is optimized by the command
+What stands behind the `--` is handed to `onnx-lowrank optimize`. Each model is optimized by the command
 line in a process of its own, then the written file is evaluated against the original on the model's task.
 """
 
@@ -34,7 +34,8 @@ def main() -> int:
     parser.add_argument("--name", required=True, help="of the result file")
     parser.add_argument("--no-metric", action="store_true", help="do not evaluate the task metric")
     parser.add_argument("--threads", default="1")
-    known, options = parser.parse_known_args()
+    at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    known, options = parser.parse_args(sys.argv[1:at]), sys.argv[at + 1 :]
     chosen = [all_models()[name] for name in known.models] if known.models else list(all_models().values())
     rows = _recorded(known.name)
     for model in chosen:
@@ -74,6 +75,7 @@ def _figures(report: dict[str, Any]) -> Row:
         "before_ms": round(latency["before_ms"], 3),
         "after_ms": round(latency["after_ms"], 3),
         "predicted_ms": round(latency["predicted_ms"], 3),
+        "predicted_low_rank_speedup": round(latency["predicted_low_rank_speedup"], 3),
         "speedup": round(latency["speedup"], 3),
         "ci95": _span(latency["ci95"]),
         "low_rank_speedup": round(latency["low_rank_speedup"], 3),

@@ -62,6 +62,7 @@ from onnx_lowrank.graph import io
 from onnx_lowrank.plan import Plan
 from onnx_lowrank.profile import profile as profile_models
 from onnx_lowrank.profile import render as render_profile
+from onnx_lowrank.report.model import folder_for
 from onnx_lowrank.report.terminal import show
 from onnx_lowrank.request import settings_of
 from onnx_lowrank.signature import signature_of
@@ -133,7 +134,9 @@ def optimize(
         pipeline.check_paths(plan_out, model, out, settings.calibration, settings.eval, recipe)
     if report is not None and report.exists() and not report.is_dir():
         raise InputError(f"--report {report}, which is no folder", "a folder", "give another path")
-    result, plan = pipeline.optimize(model, out, settings, phases_on(_err))
+    beside = [path for path in (plan_out, report / "report.json" if report else None) if path is not None]
+    with folder_for(report):
+        result, plan = pipeline.optimize(model, out, settings, phases_on(_err), beside=beside)
     if report is not None:
         result.write(report)
     if plan_out is not None:
@@ -182,7 +185,7 @@ def plan(
     """Do the same analysis, write the plan and no model."""
     settings = settings_of(given(locals(), recipe), provider_option or ())
     pipeline.check_paths(out, model, settings.calibration, recipe)
-    outcome = pipeline.plan(model, settings, phases_on(_err))
+    outcome = pipeline.plan(model, settings, phases_on(_err), beside=(out,))
     made = outcome.best.plan
     io.write_text(out, made.to_json())
     count = sum(not choice.keeps for choice in made.layers)
@@ -251,7 +254,6 @@ def profile(
     provider_option: ProviderOptionOption = None,
     threads: ThreadsOption = None,
     shape: ShapeOption = None,
-    seed: SeedOption = None,
     allow_fallback: FallbackOption = False,
     seconds: Annotated[float, typer.Option(help="How long to measure.", min=0.1)] = 20.0,
     as_json: JsonOption = False,
@@ -347,7 +349,7 @@ def run(arguments: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     if code == INTERRUPTED:  # which is also what newer releases of typer make of Ctrl-C
-        _complain("interrupted; nothing was written")
+        _complain("interrupted; what was not finished is gone")
     return code
 
 

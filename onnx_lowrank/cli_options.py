@@ -58,7 +58,9 @@ PassesOption = Annotated[
 AllocatorOption = Annotated[
     str | None, typer.Option(help=f"Rank rule: {', '.join(ALLOCATORS)}.", rich_help_panel=SEARCH)
 ]
-RecipeOption = Annotated[Path | None, typer.Option(help="TOML file with any of these options.", rich_help_panel=SEARCH)]
+RecipeOption = Annotated[
+    Path | None, typer.Option(help="TOML file with options of `optimize`; see the README.", rich_help_panel=SEARCH)
+]
 OfOption = Annotated[
     str | None, typer.Option(help="--keep-* counts `all` nodes or `factorable` layers.", rich_help_panel=SEARCH)
 ]
@@ -68,7 +70,7 @@ OnlyOption = Annotated[
 KeepOption = Annotated[list[str] | None, typer.Option(help="Pattern of layers that stay.", rich_help_panel=SEARCH)]
 SeedOption = Annotated[int | None, typer.Option(help="Seed of everything random.", rich_help_panel=SEARCH)]
 TimeOption = Annotated[
-    float | None, typer.Option(help="Seconds after which the search ends with the best found.", rich_help_panel=SEARCH)
+    float | None, typer.Option(help="Seconds after which no further model is tried.", rich_help_panel=SEARCH)
 ]
 MemoryOption = Annotated[int | None, typer.Option(help="Bytes of decomposed weights to hold.", rich_help_panel=SEARCH)]
 BisectOption = Annotated[

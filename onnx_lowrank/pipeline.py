@@ -6,10 +6,10 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Generator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from pathlib import Path
 
-from onnx_lowrank.catalogue import all_decompositions, build
+from onnx_lowrank.catalogue import all_decompositions, split
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.graph import io
 from onnx_lowrank.pass_manager import PassManager
@@ -21,11 +21,15 @@ from onnx_lowrank.report.model import Report
 from onnx_lowrank.search.analysis import Source, analyse, read_source, tuned_for
 from onnx_lowrank.search.loop import Outcome
 from onnx_lowrank.settings import Settings
-from onnx_lowrank.transform import Pass
 
 
 def optimize(
-    model: Path | str, out: Path | str, settings: Settings | None = None, phases: Phases | None = None
+    model: Path | str,
+    out: Path | str,
+    settings: Settings | None = None,
+    phases: Phases | None = None,
+    *,
+    beside: Collection[Path] = (),
 ) -> tuple[Report, Plan]:
     """Write the best model for the goal to `out`, and report what was done.
 
@@ -34,6 +38,7 @@ def optimize(
         out: Receives the result; appears whole or not at all.
         settings: Goal, target, data and everything else.
         phases: Timed, and shown by its owner.
+        beside: Other files the caller will write; checked before the search as `out` is.
 
     Returns:
         The report, and the plan that `apply` needs to write the same file again. Whether the goal was reached is in
@@ -45,10 +50,12 @@ def optimize(
     """
     model, out = Path(model), Path(out)
     settings, phases = settings or Settings(), phases or Phases()
-    check_paths(out, model, settings.calibration, settings.eval)
+    for path in (out, *beside):
+        check_paths(path, model, settings.calibration, settings.eval)
     with phases.phase("read"):
         source = read_source(model, settings.calibration, settings.eval)
-        io.spare_sources(source.graph, out)
+        for path in (out, *beside):
+            io.spare_sources(source.graph, path)
     settings = tuned_for(source, settings, phases)
     with staging(out) as folder:
         analysis = analyse(source, settings, folder, phases)
@@ -57,7 +64,13 @@ def optimize(
     return report, analysis.outcome.best.plan
 
 
-def plan(model: Path | str, settings: Settings | None = None, phases: Phases | None = None) -> Outcome:
+def plan(
+    model: Path | str,
+    settings: Settings | None = None,
+    phases: Phases | None = None,
+    *,
+    beside: Collection[Path] = (),
+) -> Outcome:
     """What `optimize` would realise; no model is written. The plan is `outcome.best.plan`.
 
     Raises:
@@ -66,6 +79,8 @@ def plan(model: Path | str, settings: Settings | None = None, phases: Phases | N
     settings, phases = settings or Settings(), phases or Phases()
     with phases.phase("read"):
         source = read_source(Path(model), settings.calibration, settings.eval)
+        for path in beside:
+            io.spare_sources(source.graph, path)
     settings = tuned_for(source, settings, phases)
     with tempfile.TemporaryDirectory(prefix="onnx-lowrank-") as folder:
         return analyse(source, settings, Path(folder), phases).outcome
@@ -92,13 +107,9 @@ def apply(
     source = read_source(model, calibration)
     io.spare_sources(source.graph, out)
     _check_conditions(source, a_plan, force=force)
-    passes: list[Pass] = []
-    for spec in a_plan.passes:
-        step = build(spec)
-        if not isinstance(step, Pass):
-            raise InputError(f"{spec.name} among the plan's graph passes", "graph passes only", "correct the plan")
-        passes.append(step)
-    PassManager([*passes, Factor(a_plan, all_decompositions())]).run(source.graph)
+    passes, methods = split(a_plan.passes)
+    allowed = all_decompositions() | {method.name: method for method in methods}
+    PassManager([*passes, Factor(a_plan, allowed)]).run(source.graph)
     with staging(out) as folder:
         io.save(source.graph, folder / out.name)
         publish(folder / out.name, out)

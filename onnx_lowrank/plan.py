@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,9 @@ class Plan:
             if raw["schema"] != 1:
                 raise InputError(f"schema {raw['schema']!r} in {source}", "schema 1", "make the plan again")
             layers = tuple(_choice(item) for item in raw["layers"])
+            twice = [key for key, count in Counter(choice.key for choice in layers).items() if count > 1]
+            if twice:
+                raise InputError(f"layer {twice[0]!r} twice in {source}", "one choice per layer", "remove one")
             passes = tuple(PassSpec(str(p["name"]), dict(p["options"])) for p in raw["passes"])
             data = raw["data_sha256"]
             versions = {str(key): str(value) for key, value in raw["versions"].items()}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from onnx_lowrank.errors import InputError
 from onnx_lowrank.goals import DEFAULT_GOAL, Goal
 from onnx_lowrank.plan import PassSpec
 from onnx_lowrank.target import Target
@@ -46,6 +48,21 @@ class Settings:
     time_limit: float | None = None
     memory_limit: int = 1 << 30
     bisect: bool = False
+
+    def require_matches(self, names: Collection[str]) -> None:
+        """Refuse patterns that match none of `names`: a typing error would pin nothing, or everything.
+
+        Raises:
+            InputError: naming the pattern.
+        """
+        for option, patterns in (("--keep", self.keep), ("--only", self.only)):
+            for pattern in patterns:
+                if not any(fnmatchcase(name, pattern) for name in names):
+                    raise InputError(
+                        f"{option} {pattern}, which matches no weight-bearing node",
+                        "a pattern that matches one",
+                        "list them with `onnx-lowrank inspect`",
+                    )
 
     def pinned(self, *names: str) -> str | None:
         """Why a node that goes by `names` must stay as it is, or None."""

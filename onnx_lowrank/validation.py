@@ -1,6 +1,6 @@
 """Is the optimized file valid, is its signature the original's, and how far are its outputs from the original's?
 
-Only the two files on disk are opened: what is compared is what will be deployed, at the optimization level it runs at.
+Only the two files on disk are opened: what is compared is what will be deployed, at the target's first level.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
+from tensorly.decomposition import partial_tucker
 
 from onnx_lowrank.decomposition import Decomposition, Rank, aligned
 from onnx_lowrank.layer import Array, LayerShape
@@ -176,3 +177,14 @@ def test_hooi_improves_on_truncated_hosvd() -> None:
 )
 def test_aligned(limit: int, block: int, ranks: list[int]) -> None:
     assert aligned(limit, block) == ranks
+
+
+@pytest.mark.parametrize("ranks", [(3, 4), (5, 2), (6, 8)])
+def test_tucker2_is_as_good_as_tensorly(ranks: Rank) -> None:
+    """TensorLy's partial Tucker decomposition, HOOI run to convergence, is the reference."""
+    weight = RNG.standard_normal((8, 6, 3, 3))
+    (core, (u_out, u_in)), _ = partial_tucker(weight, rank=[ranks[1], ranks[0]], modes=[0, 1], tol=1e-10)
+    reference = np.linalg.norm(weight - np.einsum("qphw,sq,cp->schw", core, u_out, u_in)) / np.linalg.norm(weight)
+    method, shape = Tucker2(sweeps=20), LayerShape(1, 8, 6, (3, 3))
+    ours = method.chain(shape, ranks).dense(method.factorize(weight[None]).factors(ranks))[0]
+    assert np.linalg.norm(weight - ours) / np.linalg.norm(weight) <= reference * 1.001 + 1e-7

@@ -13,7 +13,11 @@ from onnx_lowrank.graph.layers import layers
 from onnx_lowrank.graph.model import Graph
 from onnx_lowrank.layer import Layer
 from onnx_lowrank.passes.decompose import decompositions
+from onnx_lowrank.plan import Choice, Plan
+from onnx_lowrank.search.bench import Bench
 from onnx_lowrank.search.factorizations import FactorizationCache
+from onnx_lowrank.search.racer import Racer
+from onnx_lowrank.target import Target
 
 SVD = decompositions()["svd"]
 SIZES = ((4, 6), (5, 7), (6, 8))
@@ -61,3 +65,14 @@ def test_half_of_the_free_disk_is_left(tmp_path: Path, monkeypatch: pytest.Monke
     cache.make(found[1], SVD)
     assert list(cache) == [(found[1].key, "svd")]
     assert not list(tmp_path.iterdir())
+
+
+def test_scopes_that_surveyed_layers_hold_never_see_new_weights(tmp_path: Path) -> None:
+    graph = Graph(product_model("MatMul", [3, 8], (8, 6)))
+    scope, before = graph.main, set(graph.main.initializers)
+    racer = Racer(Target(threads=1), [], tmp_path)
+    bench = Bench(graph, decompositions(), FactorizationCache(1 << 20, tmp_path), racer, tmp_path)
+    path, record = bench.realise(Plan("0" * 64, (Choice("product", "product", "svd", (2,)),)))
+    assert record.modified
+    assert path.exists()
+    assert set(scope.initializers) == set(graph.main.initializers) == before

@@ -89,7 +89,7 @@ def test_interrupted_in_phase(
     before, seen = contents(folder), list[str]()
     monkeypatch.setattr(cli, "phases_on", lambda _: interrupted_in(phase, seen))
     assert cli.run([command, *OPTIMIZE[1:]]) == 130
-    assert capfd.readouterr() == ("", "error: interrupted; nothing was written\n")
+    assert capfd.readouterr() == ("", "error: interrupted; what was not finished is gone\n")
     assert seen[-1] == phase
     assert contents(folder) == before
 
@@ -107,7 +107,7 @@ def test_interrupted_while_a_phase_advances(
     before = contents(folder / "work")
     monkeypatch.setattr(cli, "phases_on", lambda _: interrupted_in(phase, seen, advancing=True))
     assert cli.run([*OPTIMIZE]) == 130
-    assert capfd.readouterr() == ("", "error: interrupted; nothing was written\n")
+    assert capfd.readouterr() == ("", "error: interrupted; what was not finished is gone\n")
     assert contents(folder / "work") == before
 
 
@@ -131,6 +131,6 @@ def test_real_process_is_stopped(number: signal.Signals, code: int, folder: Path
     started.send_signal(number)
     _, complaint = started.communicate(timeout=60)
     assert started.returncode == code
-    assert complaint == ("error: interrupted; nothing was written\n" if number == signal.SIGINT else "")
+    assert complaint == ("error: interrupted; what was not finished is gone\n" if number == signal.SIGINT else "")
     assert contents(folder / "work") == before
     assert list((folder / "tmp").glob("onnx*")) == []

@@ -118,7 +118,7 @@ def test_report_json_holds_every_field_of_the_schema(trip: Ride, tmp_path: Path)
     )
     assert all(set(layer.split()) <= row.keys() for row in raw["layers"])
     assert {row["decision"] for row in raw["layers"]} <= {"factorized", "kept"}
-    assert {row["source"] for row in raw["layers"]} <= {"measured", "estimated"}
+    assert all(row["source"] == (None if row["latency_ms_before"] is None else "measured") for row in raw["layers"])
     times = "before_ms normalized_ms after_ms predicted_ms speedup low_rank_speedup ci95 samples disturbed"
     assert set(times.split()) <= raw["latency"].keys()
     assert {"relative_error", "cosine", "kl", "top1_agreement", "samples", "data"} <= raw["fidelity"].keys()
@@ -192,13 +192,38 @@ def test_a_plan_for_another_model_is_refused_unless_forced(tmp_path: Path) -> No
     assert onnx.load(tmp_path / "out.onnx").doc_string == "retrained"
 
 
-def test_a_plan_with_a_decomposition_among_its_graph_passes_is_refused(tmp_path: Path) -> None:
+def test_options_of_a_decomposition_travel_with_the_plan(tmp_path: Path) -> None:
+    options = (PassSpec("tucker2", {"sweeps": "0"}),)
+    trip = ride(network(), tmp_path, dataclasses.replace(on_one_thread(KeepParams(0.6)), passes=options))
+    assert PassSpec("tucker2", {"sweeps": 0}) in trip.plan.passes
+    apply(trip.source, Plan.from_json(trip.plan.to_json()), tmp_path / "again.onnx")
+    assert (tmp_path / "again.onnx").read_bytes() == trip.out.read_bytes()
+
+
+def test_external_weights_are_never_overwritten(tmp_path: Path) -> None:
     source = save(network(), tmp_path)
-    made = plan(source, on_one_thread(KeepParams(0.9))).best.plan
-    wrong = dataclasses.replace(made, passes=(PassSpec("svd"),))
+    proto = onnx.load(source)
+    onnx.save(proto, source, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    before = (tmp_path / "weights.bin").read_bytes()
+    message = (
+        f"got {tmp_path / 'weights.bin'}, which holds weights of the model; "
+        "expected a file the model is not read from; rename it"
+    )
+    for beside, out in (((), "weights.bin"), ((tmp_path / "weights.bin",), "out.onnx")):
+        with pytest.raises(InputError) as caught:
+            optimize(source, tmp_path / out, on_one_thread(KeepParams(0.6)), beside=beside)
+        assert str(caught.value) == message
+    assert (tmp_path / "weights.bin").read_bytes() == before
+
+
+def test_patterns_that_match_nothing_are_refused(tmp_path: Path) -> None:
+    source = save(network(), tmp_path)
     with pytest.raises(InputError) as caught:
-        apply(source, wrong, tmp_path / "out.onnx")
-    assert str(caught.value) == "got svd among the plan's graph passes; expected graph passes only; correct the plan"
+        optimize(source, tmp_path / "out.onnx", on_one_thread(KeepParams(0.6), keep=("nosuch*",)))
+    assert str(caught.value) == (
+        "got --keep nosuch*, which matches no weight-bearing node; expected a pattern that matches one; "
+        "list them with `onnx-lowrank inspect`"
+    )
 
 
 def test_outputs_that_would_destroy_something_are_refused(tmp_path: Path) -> None:

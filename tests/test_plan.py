@@ -29,7 +29,7 @@ SPECS = st.builds(PassSpec, TEXT, st.dictionaries(TEXT, st.integers() | st.boole
 PLANS = st.builds(
     Plan,
     model_sha256=TEXT,
-    layers=st.lists(CHOICES, max_size=4).map(tuple),
+    layers=st.lists(CHOICES, max_size=4, unique_by=lambda choice: choice.key).map(tuple),
     passes=st.lists(SPECS, max_size=3).map(tuple),
     data_sha256=st.none() | TEXT,
     versions=st.dictionaries(TEXT, TEXT, max_size=2),

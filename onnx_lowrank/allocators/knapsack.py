@@ -7,7 +7,11 @@ by HiGHS through scipy.optimize.milp. Candidates that another of the same layer 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import os
+import sys
+from collections.abc import Generator, Sequence
+from pathlib import Path
 
 import numpy as np
 from scipy import sparse
@@ -31,20 +35,35 @@ def knapsack(problem: Problem) -> tuple[Candidate, ...]:
     owner = np.repeat(np.arange(len(options)), [len(group) for group in options])
     one_each = sparse.csr_array((np.ones(len(flat)), (owner, np.arange(len(flat)))), shape=(len(options), len(flat)))
     unit = problem.budget or 1.0  # scaled to order one: HiGHS works with absolute tolerances
-    result = milp(
-        losses / (losses.max() or 1.0),
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint(sparse.csr_array(costs[None, :] / unit), -np.inf, problem.budget / unit),
-        ],
-        integrality=np.ones(len(flat), dtype=np.int64),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": GAP, "time_limit": TIME_LIMIT_S},
-    )
+    with _quiet():
+        result = milp(
+            losses / (losses.max() or 1.0),
+            constraints=[
+                LinearConstraint(one_each, 1, 1),
+                LinearConstraint(sparse.csr_array(costs[None, :] / unit), -np.inf, problem.budget / unit),
+            ],
+            integrality=np.ones(len(flat), dtype=np.int64),
+            bounds=Bounds(0, 1),
+            options={"mip_rel_gap": GAP, "time_limit": TIME_LIMIT_S},
+        )
     if result.x is None:  # only the time limit can end here: a choice that fits exists
         return problem.cheapest()
     picked = {int(owner[i]): flat[i] for i in np.flatnonzero(result.x > 0.5)}
     return tuple(picked[layer] for layer in range(len(options)))
+
+
+@contextlib.contextmanager
+def _quiet() -> Generator[None]:
+    """Keep standard output clean: HiGHS prints a line to it now and then, whatever it is told."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    with Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _undominated(options: Sequence[Candidate], cost: Cost) -> list[Candidate]:

@@ -209,13 +209,16 @@ def _save_external(graph: Graph, path: Path) -> None:
 
 
 def spare_sources(graph: Graph, path: Path) -> None:
-    """Refuse a path for the result whose external data would take the place of the data the model is read from.
+    """Refuse a path for the result that, itself or its external data, would take the place of the model's own data.
 
     Raises:
         InputError: if they would.
     """
+    read = {region(t, graph.folder).file.resolve() for t in tensors(graph.to_proto(_bare)) if is_external(t)}
+    if path.resolve() in read:
+        raise InputError(f"{path}, which holds weights of the model", "a file the model is not read from", "rename it")
     target = path.with_name(f"{path.name}.data").resolve()
-    if target in {region(t, graph.folder).file for t in tensors(graph.to_proto(_bare)) if is_external(t)}:
+    if target in read:
         raise InputError(
             f"{path}, whose weights would replace {target}", "files the model is not read from", "rename it"
         )

@@ -10,7 +10,6 @@ from collections import Counter
 
 from onnx import GraphProto, ModelProto, NodeProto
 
-from onnx_lowrank.errors import InputError
 from onnx_lowrank.graph.messages import bodies
 from onnx_lowrank.graph.model import Graph
 from onnx_lowrank.graph.scope import MapTensor, Scope
@@ -26,18 +25,6 @@ def keyed_nodes(graph: Graph) -> list[KeyedNode]:
         (scope, node, short if count[short] == 1 else f"{short}@{next(filter(None, node.output), '')}")
         for scope, node, short in found
     ]
-
-
-def find_node(graph: Graph, key: str) -> tuple[Scope, NodeProto]:
-    """The node with this key.
-
-    Raises:
-        InputError: if there is none.
-    """
-    for scope, node, label in keyed_nodes(graph):
-        if label == key:
-            return scope, node
-    raise InputError(f"no node {key!r}", "a node of this model", "list the nodes with `inspect`")
 
 
 def traceable(graph: Graph, map_tensor: MapTensor = lambda tensor: tensor) -> ModelProto:

@@ -94,19 +94,6 @@ def steady_clock(target: Target) -> Clock:
     return Clock.CPU if target.provider == "cpu" and target.threads == 1 else Clock.WALL
 
 
-def time_model(
-    session: Session, feeds: Feeds, budget_s: float = 2.0, min_runs: int = 5, clock: Clock = Clock.WALL
-) -> Timing:
-    """Time one model for about `budget_s` seconds after a warm-up, at least `min_runs` times."""
-    bound = session.bind(feeds)
-    warm_up([bound], budget_s / 4)
-    deadline = time.perf_counter() + budget_s
-    samples: list[float] = []
-    while len(samples) < min_runs or time.perf_counter() < deadline:
-        samples.append(seconds(bound, clock))
-    return _timing(np.array(samples))
-
-
 def paired(
     sessions: Sequence[Session],
     feeds_list: Sequence[Feeds],

@@ -70,6 +70,7 @@ def _layer_row(row: Row, choice: Candidate, name: str, *, by_time: bool) -> Laye
         latency_ms_before=None if before is None else before * share,
         latency_ms_after=None if after is None else after * share,
         predicted_loss=choice.loss,
+        source=None if before is None else "measured",
     )
 
 
@@ -78,7 +79,7 @@ def _reason(row: Row, choice: Candidate, *, by_time: bool) -> str:
     if choice.chain is not None:
         return f"{_times(choice, row.keep)}, weight error {choice.error:.3g}{shared}"
     if not row.factorable:
-        return row.refusals.get("svd") or next(iter(row.refusals.values()))
+        return row.refusals.get("svd") or next(iter(row.refusals.values()), "its own latency could not be measured")
     timed = [option for option in row.options[1:] if option.ms is not None]
     if not timed:
         return f"none of its chains could be timed ({len(row.options) - 1} tried){shared}"

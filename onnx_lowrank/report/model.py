@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Generator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,33 @@ from onnx_lowrank.search.bisection import Blame
 Interval = tuple[float, float]
 
 
+@contextlib.contextmanager
+def folder_for(report: Path | None) -> Generator[None]:
+    """The folder a report goes to, made before the work starts; a new one is gone again if the work fails.
+
+    Raises:
+        InputError: if it cannot be made.
+    """
+    new = report is not None and not report.exists()
+    try:
+        if report is not None:
+            report.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{report} ({error.strerror})", "a folder for the report", "choose another") from error
+    try:
+        yield
+    except BaseException:
+        if new and report is not None:
+            report.rmdir()
+        raise
+
+
 @dataclass(frozen=True)
 class LayerRow:
-    """One weight-bearing node: the decision and the reason in words. Latencies are per run of the model."""
+    """One weight-bearing node: the decision and the reason in words. Latencies are per run of the model.
+
+    `source` is "measured" where there are latencies, else None.
+    """
 
     name: str
     op: str
@@ -32,7 +58,7 @@ class LayerRow:
     macs_after: float
     latency_ms_before: float | None
     latency_ms_after: float | None
-    source: str = "measured"
+    source: str | None = None
     error_refit: float | None = None
     predicted_loss: float | None = None
 
@@ -55,10 +81,11 @@ class Latency:
         before_ms: The original.
         normalized_ms: After the exact rewrites, before any factorization.
         after_ms: The optimized model.
-        predicted_ms: What the search expected: the predicted share of `normalized_ms`, a share that was fixed before
-            the optimized model was first timed.
+        predicted_ms: What the search expected, fixed before the optimized model was first timed.
+        predicted_low_rank_speedup: The same as normalized / after: free of the drift of the machine's speed in between.
         speedup: before / after, median of the ratios of neighbouring runs.
         low_rank_speedup: normalized / after, likewise.
+        after_ci95_ms: 95 % interval of `after_ms`.
         ci95: 95 % interval of `speedup`.
         low_rank_ci95: 95 % interval of `low_rank_speedup`.
         samples: Rounds of paired runs.
@@ -71,8 +98,10 @@ class Latency:
     normalized_ms: float
     after_ms: float
     predicted_ms: float
+    predicted_low_rank_speedup: float
     speedup: float
     low_rank_speedup: float
+    after_ci95_ms: Interval
     ci95: Interval
     low_rank_ci95: Interval
     samples: int
@@ -83,7 +112,10 @@ class Latency:
 
 @dataclass(frozen=True)
 class Size:
-    """Parameters, multiply-accumulates per run and bytes on disk, counted in the two files."""
+    """Parameters, multiply-accumulates per run and bytes on disk of the two files.
+
+    Multiply-accumulates before are counted after the exact rewrites, which change none but fold constants.
+    """
 
     params_before: int
     params_after: int
@@ -155,9 +187,6 @@ class Report:
             InputError: if it cannot be written.
         """
         path = folder / "report.json"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{folder} ({error.strerror})", "a folder for the report", "choose another") from error
-        write_text(path, self.to_json())
+        with folder_for(folder):
+            write_text(path, self.to_json())
         return path

@@ -80,7 +80,7 @@ def _summary(report: Report) -> Table:
             f"{time.low_rank_speedup:.2f}x",
             _span(low),
         )
-        table.add_row("  predicted", "", f"{time.predicted_ms:.3f}", "", "")
+        table.add_row("  as predicted", "", f"{time.predicted_ms:.3f}", f"{time.predicted_low_rank_speedup:.2f}x", "")
     if report.accuracy is not None:
         score = report.accuracy
         table.add_row(

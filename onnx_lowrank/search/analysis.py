@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from onnx_lowrank.allocators import ALLOCATORS
@@ -16,6 +16,7 @@ from onnx_lowrank.decomposition import Decomposition
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.goals import KeepMacs, KeepParams
 from onnx_lowrank.graph import io
+from onnx_lowrank.graph.keys import keyed_nodes
 from onnx_lowrank.graph.model import Graph
 from onnx_lowrank.graph.size import parameters
 from onnx_lowrank.latency.chains import ChainTimer
@@ -40,6 +41,8 @@ from onnx_lowrank.signature import Signature, signature_of
 from onnx_lowrank.validation import compare
 
 FULL_RANK = "full_rank"
+SPLIT_SEED = 0
+REPORT_SEED = 1000  # added to the seed of synthetic inputs that figures are reported on
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +55,8 @@ class Source:
         sha256: Of the file and its external data.
         signature: Inputs and outputs.
         data: Unlabelled samples, or None.
+        selection: The half of them a search may choose by.
+        held_out: The other half, which only reports use.
         labelled: Labelled samples, or None.
     """
 
@@ -60,6 +65,8 @@ class Source:
     sha256: str
     signature: Signature
     data: Dataset | None
+    selection: Dataset | None
+    held_out: Dataset | None
     labelled: Dataset | None
 
 
@@ -119,7 +126,10 @@ def read_source(path: Path, calibration: Path | None = None, labelled: Path | No
     labels = None if labelled is None else read_npz(labelled, signature.inputs)
     if labels is not None and labels.labels is None:
         raise InputError(f"{labelled} without an array 'label'", "labelled samples", "add labels, or leave --eval out")
-    return Source(path, graph, io.model_sha256(path), signature, data, labels)
+    selection, held_out = (
+        (None, None) if data is None else (data, data) if len(data) < 2 else data.split(0.5, SPLIT_SEED)
+    )
+    return Source(path, graph, io.model_sha256(path), signature, data, selection, held_out, labels)
 
 
 def tuned_for(source: Source, settings: Settings, phases: Phases) -> Settings:
@@ -178,10 +188,10 @@ def analyse(source: Source, settings: Settings, folder: Path, phases: Phases) ->
     bench = Bench(source.graph, ready.methods, cache, ready.racer, folder, deadline)
 
     def plan_of(chosen: Sequence[Candidate]) -> Plan:
-        return _plan(source, ready.records, found, chosen)
+        return _plan(source, ready.records, ready.methods, found, chosen)
 
     def error_of(model: Path) -> float:
-        return compare(source.path, model, settings.target, source.data, seed=settings.seed).relative_error
+        return compare(source.path, model, settings.target, source.selection, seed=settings.seed).relative_error
 
     with phases.phase("search"):
         baseline = ready.racer.race([ready.normalized]).timings[0].median_ms
@@ -193,15 +203,27 @@ def analyse(source: Source, settings: Settings, folder: Path, phases: Phases) ->
 
 def _pinned(found: Survey, settings: Settings) -> Survey:
     """The survey with the layers the user pinned among the kept ones."""
+    names = {key: node.name or key for _, node, key in keyed_nodes(found.graph)}
+    known = {name for key in (*(n for layer in found.layers for n in layer.nodes), *(k.key for k in found.kept))
+             for name in (key, names[key])}  # fmt: skip
+    settings.require_matches(known)
     free: list[Layer] = []
     kept = list(found.kept)
     for layer in found.layers:
-        reason = settings.pinned(*layer.nodes)
+        reason = settings.pinned(*layer.nodes, *(names[node] for node in layer.nodes))
         if reason is None:
             free.append(layer)
             continue
         kept.extend(
-            Kept(node, node, layer.form.op, reason, str(layer.shape), layer.shape.params, layer.macs / len(layer.nodes))
+            Kept(
+                node,
+                names[node],
+                layer.form.op,
+                reason,
+                str(layer.shape),
+                layer.shape.params,
+                layer.macs / len(layer.nodes),
+            )
             for node in layer.nodes
         )
     return replace(found, layers=tuple(free), kept=tuple(kept))
@@ -238,8 +260,18 @@ def _totals(settings: Settings, found: Survey, rows: Sequence[Row], graph: Graph
     return (inside if settings.of == "factorable" else whole), inside
 
 
-def _plan(source: Source, records: Sequence[PassRecord], found: Survey, chosen: Sequence[Candidate]) -> Plan:
+def _plan(
+    source: Source,
+    records: Sequence[PassRecord],
+    methods: Mapping[str, Decomposition],
+    found: Survey,
+    chosen: Sequence[Candidate],
+) -> Plan:
     nodes = {layer.key: layer.nodes[0] for layer in found.layers}
     choices = tuple(Choice(c.key, nodes[c.key], c.method, c.rank, c.error, c.ms) for c in chosen)
-    passes = tuple(PassSpec(record.name, record.options) for record in records)
-    return Plan(source.sha256, choices, passes, source.data.sha256 if source.data else None, versions())
+    graph_passes = [PassSpec(record.name, record.options) for record in records]
+    used = {c.method for c in chosen}
+    optional = [PassSpec(m.name, asdict(m)) for m in methods.values() if m.name in used and asdict(m)]  # pyright: ignore[reportArgumentType] - decompositions are dataclasses
+    return Plan(
+        source.sha256, choices, (*graph_passes, *optional), source.data.sha256 if source.data else None, versions()
+    )

@@ -49,7 +49,7 @@ class Bench:
         self._number += 1
         path = self.folder / (name or f"trial{self._number}.onnx")
         before = self.graph.snapshot()
-        # Edit a copy: the layers that were surveyed hold on to the present scopes, and would to the new weights in them.
+        # Edit a copy: the surveyed layers hold on to the present scopes, and would to the new weights in them.
         self.graph.restore(before)
         try:
             (record,) = PassManager((Factor(plan, self.methods, self.cache),)).run(self.graph)

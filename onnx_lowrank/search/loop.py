@@ -24,6 +24,8 @@ ERROR_PROBES = 8
 GOAL_SHARE = 0.98
 # Aim this much beyond a speed goal: a model that lands exactly on it misses by noise half of the time.
 AIM = 1.02
+# Choose by this share of an error limit: the samples it is reported on are others.
+ERROR_AIM = 0.9
 # Faster than the goal by more than this is accuracy given away: try again with the corrected prediction.
 OVERSHOOT = 1.05
 
@@ -37,8 +39,8 @@ class Attempt:
         plan: The same, to be written down.
         path: The file.
         record: What the factor pass did.
-        predicted_share: Latency as a share of the normalized model's, fixed before this model was first timed. A share,
-            because the machine's speed drifts between the two.
+        predicted_ms: Fixed before this model was first timed.
+        predicted_share: The same as a share of the normalized model's latency: the machine's speed drifts.
         level: Optimization level it was timed at.
         race: Original, normalized and this model in turns; None where time does not decide.
         error: Relative error of the outputs where the goal limits it.
@@ -48,6 +50,7 @@ class Attempt:
     plan: Plan
     path: Path
     record: PassRecord
+    predicted_ms: float
     predicted_share: float
     level: str = "all"
     race: Paired | None = None
@@ -116,8 +119,7 @@ class Loop:
             attempt = self.timed(self._attempt(chosen, prediction))
             attempts.append(attempt)
             measured = _scaled(attempt, prediction)
-            expected = attempt.predicted_share * prediction.normalized_ms
-            logger.info("predicted %.3f ms, measured %.3f ms", expected, measured)
+            logger.info("predicted %.3f ms, measured %.3f ms", attempt.predicted_ms, measured)
             wanted = self._wanted(goal, attempt.race)
             reached, excess = _standing(goal, attempt)
             if (reached and excess <= OVERSHOOT) or self.bench.late:
@@ -139,6 +141,9 @@ class Loop:
             return Outcome(best, reached=True, reason="measured")
         best = max(attempts, key=lambda attempt: _standing(goal, attempt)[1])
         speed = best.race.ratio(0, 2) if best.race else None
+        if best.race is not None and best.race.ratio(1, 2).value <= 1:
+            reason = f"nothing was faster than keeping every layer (best found: {best.race.ratio(1, 2)})"
+            return Outcome(self._attempt(self._keep_all(), self.prediction), reached=False, reason=reason)
         limit = f"the fastest choice of all layers is predicted at {self.prediction.fastest_ms():.3g} ms"
         return Outcome(best, reached=False, reason=f"best found: {speed} as fast as the original; {limit}")
 
@@ -153,16 +158,17 @@ class Loop:
 
     def _faithful_enough(self, goal: Goal) -> Outcome:
         """Bisect on the predicted latency for the fastest model whose measured error is within the limit."""
+        limit = ERROR_AIM * goal.value
         slow, fast = self.prediction.normalized_ms, self.prediction.fastest_ms()
         best, found = self._attempt(self._keep_all(), self.prediction), list[Attempt]()
-        for wanted in _bisection(fast, slow, lambda: bool(found) and (found[-1].error or 0.0) <= goal.value):
+        for wanted in _bisection(fast, slow, lambda: bool(found) and (found[-1].error or 0.0) <= limit):
             if found and self.bench.late:
                 break
             chosen = self.allocator(self.prediction.problem("ms", wanted))
             attempt = self._attempt(chosen, self.prediction)
             found.append(replace(attempt, error=self.error_of(attempt.path)))
             logger.info("at %.3f ms: relative error %.4g", wanted, found[-1].error)
-            if (found[-1].error or 0.0) <= goal.value:
+            if (found[-1].error or 0.0) <= limit:
                 best = found[-1]
         if not any(candidate.chain for candidate in best.chosen):
             return Outcome(best, reached=True, reason="no rewrite stays within the limit: every layer is kept")
@@ -179,7 +185,8 @@ class Loop:
     def _attempt(self, chosen: Sequence[Candidate], prediction: Prediction) -> Attempt:
         plan = self.plan_of(chosen)
         path, record = self.bench.realise(plan)
-        return Attempt(tuple(chosen), plan, path, record, prediction.ms(chosen) / prediction.normalized_ms)
+        ms = prediction.ms(chosen)
+        return Attempt(tuple(chosen), plan, path, record, ms, ms / prediction.normalized_ms)
 
     def timed(self, attempt: Attempt) -> Attempt:
         """The attempt with original, normalized and its model run in turns."""
