@@ -26,7 +26,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 		name=$$($(PYTHON) -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])'); \
 		echo "$(PYTHON) cannot make virtual environments: its ensurepip module is missing."; \
 		echo "Install it with: apt-get install $$name"; exit 1; }
-	@echo "Setting up a virtual environment in $(VENV) (about 600 MB; a minute or two, longer when nothing is cached) ..."
+	@echo "Setting up a virtual environment in $(VENV) (about 770 MB; a minute or two, longer when nothing is cached) ..."
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@

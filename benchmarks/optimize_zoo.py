@@ -1,7 +1,7 @@
 """Run the main job on the models of the zoo and record what it gained and cost.
 
     python -m benchmarks.optimize_zoo --name speedup_1.5 -- --speedup 1.5
-    python -m benchmarks.optimize_zoo --name full_rank --no-metric -- --allocator full_rank --max-error 1e-4 --time-limit 2
+    python -m benchmarks.optimize_zoo --name full_rank --no-metric -- --allocator full_rank --max-error 1e-4
 
 What stands behind the `--` is handed to `onnx-lowrank optimize`. Each model is optimized by the command
 line in a process of its own, then the written file is evaluated against the original on the model's task.
