@@ -1,8 +1,9 @@
 """Broken models through the whole command: `python -m benchmarks.fuzz --count 10000 --seed 1`.
 
 Byte flips, truncations, splices and wrong fields of small valid models go through `optimize --keep-macs 0.5` in a warm
-worker that is killed after ten seconds. How they ended is recorded in `benchmarks/results/fuzz.json`; files that ended
-in any other way than an honest exit code are kept in the folder named with --keep.
+worker that is killed after ten seconds of processor time. How they ended is recorded in `benchmarks/results/fuzz.json`;
+files that ended in any other way than with exit code 2 and no file, or 0 or 3 and a valid one, are kept in the folder
+named with --keep.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def fuzz(count: int, seed: int, keep: Path | None) -> Counter[str]:
 
 
 def main() -> int:
-    """Run and record; 1 if any file ended in a traceback, a crash, a hang or with an invalid model."""
+    """Run and record; 1 if any file ended in a traceback, a crash, a hang, or with exit code 4."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=1)

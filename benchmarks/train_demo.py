@@ -5,14 +5,13 @@ package's assets. The export is a plain one: BatchNormalization stays a node of 
 its pixels itself. The test images are looked at once, after the last epoch, so the accuracy is a fair one.
 
     pip install "onnx-lowrank[train]"; apt-get install dataset-fashion-mnist
-    python benchmarks/train_demo.py
+    python -m benchmarks.train_demo
 """
 
 # torch is no development dependency; without it the base classes are unknown.
 # pyright: reportUntypedBaseClass=false
 
 import argparse
-import gzip
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -29,12 +28,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import swa_utils
 
-DATA = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts it
+from benchmarks.fashion_mnist import DATA, Labels, Pixels, load
+
 ASSETS = Path(__file__).resolve().parent.parent / "onnx_lowrank" / "assets"
 PIXEL_MEAN, PIXEL_STD = 72.94, 90.02  # of the 60,000 training images, in units of 0..255
 CALIBRATION_IMAGES, TEST_IMAGES, BATCH = 512, 2_000, 256
 
-README = """# A small network on Fashion-MNIST, written by `python benchmarks/train_demo.py --arch {arch}`
+README = """# A small network on Fashion-MNIST, written by `python -m benchmarks.train_demo --arch {arch}`
 
 - `{model}`: input `image` [batch, 1, 28, 28], float32, raw pixels 0..255; output `logits` [batch, 10]
 - `calibration.npz`: `image`, 512 unlabelled training images, uint8
@@ -43,9 +43,6 @@ README = """# A small network on Fashion-MNIST, written by `python benchmarks/tr
 
 Measured by onnxruntime's CPU provider. Data: Fashion-MNIST, copyright 2017 Zalando SE, MIT licence.
 """
-
-Pixels = npt.NDArray[np.uint8]
-Labels = npt.NDArray[np.int64]
 
 
 class PixelNorm(nn.Module):
@@ -117,14 +114,6 @@ ARCHITECTURES = {
     "resnet20": (partial(resnet, widths=(16, 32, 64), blocks=(3, 3, 3)), "fashion_resnet20.onnx"),
     "vgg": (partial(vgg, widths=(32, 64, 128), depths=(2, 2, 3), hidden=128), "fashion_vgg.onnx"),
 }
-
-
-def load(folder: Path, split: str) -> tuple[Pixels, Labels]:
-    """Images (n, 1, 28, 28) and labels (n,) of the split `train` or `t10k`, from gzipped idx files."""
-    images = gzip.decompress((folder / f"{split}-images-idx3-ubyte.gz").read_bytes())
-    labels = gzip.decompress((folder / f"{split}-labels-idx1-ubyte.gz").read_bytes())
-    pixels = np.frombuffer(images, np.uint8, offset=16).reshape(-1, 1, 28, 28)
-    return pixels, np.frombuffer(labels, np.uint8, offset=8).astype(np.int64)
 
 
 def augmented(images: Pixels, labels: Labels, rng: np.random.Generator) -> Iterator[tuple[Tensor, Tensor]]:
@@ -223,8 +212,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     began = time.perf_counter()
-    images, labels = load(args.data, "train")
-    test_images, test_labels = load(args.data, "t10k")
+    images, labels = load("train", args.data)
+    test_images, test_labels = load("t10k", args.data)
     build, name = ARCHITECTURES[args.arch]
     model = train(build(), images, labels, args.epochs, args.seed)
     args.out.mkdir(parents=True, exist_ok=True)

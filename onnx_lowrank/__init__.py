@@ -14,7 +14,7 @@ from onnx_lowrank.errors import (
     PassError,
     ProviderError,
 )
-from onnx_lowrank.goals import KeepMacs, KeepParams, LatencyMs, MaxError, Speedup
+from onnx_lowrank.goals import KeepMacs, KeepParams, LatencyMs, MaxDrop, MaxError, Speedup
 from onnx_lowrank.inspection import inspect
 from onnx_lowrank.pipeline import apply, optimize, plan
 from onnx_lowrank.plan import Plan
@@ -33,6 +33,7 @@ __all__ = [
     "KeepParams",
     "LatencyMs",
     "LowRankError",
+    "MaxDrop",
     "MaxError",
     "PassError",
     "Plan",

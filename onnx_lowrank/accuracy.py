@@ -29,30 +29,34 @@ def evaluate(
     Args:
         model: File of the model.
         dataset: Samples with labels.
-        metric: A key of `metrics.METRICS`.
+        metric: A key of `metrics.METRICS`, or `module:function`.
         target: Where to run.
-        output: The output that is scored; the first by default.
+        output: The output that is scored, the first by default; a function of the user's gets them all.
         batch: Samples per run where the model leaves it open; by default what the target is timed with.
 
     Raises:
         InputError: without labels, for an unknown metric or output, or if the labels do not fit it.
     """
-    score = metric_named(metric)
-    if dataset.labels is None:
-        raise InputError("data without labels", "an array 'label'", f"add labels, or leave out --metric {metric}")
+    score = metric_named(metric, output)
     session = open_session(model, target, target.levels[0])
     names = [spec.name for spec in session.signature.outputs]
-    name = names[0] if output is None else output
-    if name not in names:
-        raise InputError(f"unknown output {name!r}", f"one of {', '.join(map(repr, names))}", "name one of these")
+    if output is not None and output not in names:
+        raise InputError(f"unknown output {output!r}", f"one of {', '.join(map(repr, names))}", "name one of these")
     size = dataset.batch or batch or batch_size(session.signature.inputs, target)
     scores: list[Scores] = []
-    for start, feed in zip(range(0, len(dataset), size), dataset.feeds(size), strict=True):
-        labels = dataset.labels[start : start + size]
-        scores.append(score(_per_sample(session.run(feed)[name], len(labels)), labels))
+    for fed in dataset.batches(size):
+        if fed.labels is None:
+            raise InputError("data without labels", "an array 'label'", f"add labels, or leave out --metric {metric}")
+        outputs = session.run(fed.feeds)
+        by_sample = {name: _per_sample(array, len(fed.rows)) for name, array in outputs.items() if _is_array(array)}
+        scores.append(score(by_sample, fed.labels))
     return np.concatenate(scores)
+
+
+def _is_array(output: object) -> bool:
+    return isinstance(output, np.ndarray)  # sequences and maps have nothing per sample
 
 
 def _per_sample(output: NDArray[np.generic], count: int) -> NDArray[np.generic]:
     """(samples, ...): an output without a batch axis belongs to the one sample fed."""
-    return output if output.ndim and len(output) == count else output[None]
+    return output[None] if count == 1 and output.shape[:1] != (1,) else output

@@ -9,7 +9,7 @@ from typing import Literal
 
 from onnx_lowrank.chain import Chain
 from onnx_lowrank.decomposition import Decomposition, Factorization, Rank
-from onnx_lowrank.layer import Layer
+from onnx_lowrank.layer import Layer, LayerShape
 from onnx_lowrank.plan import KEEP
 
 Cost = Literal["ms", "macs", "params"]
@@ -27,13 +27,14 @@ class Candidate:
         method: Decomposition name or "keep".
         rank: Empty for "keep".
         chain: None for "keep".
-        error: Relative Frobenius error of the weight.
+        error: Relative error of the weight; of the layer's outputs where moments were taken.
         spectral_error: Relative spectral error of the cut unfolding.
         params: Weights, per model.
         macs: Multiply-accumulates per run.
         padded_macs: The same with channel counts rounded up to the machine's block.
         ms: Milliseconds per run with the following activation; None until timed.
         exact: Whether the rank reproduces any weight.
+        probed_loss: Loss of the network's outputs, interpolated from probes; None without data.
     """
 
     key: str
@@ -47,15 +48,18 @@ class Candidate:
     padded_macs: float
     ms: float | None = None
     exact: bool = False
+    probed_loss: float | None = None
 
     @property
     def loss(self) -> float:
-        """Predicted damage, additive over layers: -log(1 - error^2).
+        """Predicted damage, additive over layers: what was probed (see `sensitivity`), else -log(1 - error^2).
 
         1 - error^2 is the share of the layer's energy that is kept; what passes through the network is taken to be the
         product of the shares (Zhang et al., TPAMI 2016, on PCA energies). Unlike error^2 alone it has no ceiling: a
         layer is never given up to save the others.
         """
+        if self.probed_loss is not None:
+            return self.probed_loss
         return -math.log(max(1.0 - self.error**2, SMALLEST_SHARE))
 
     def cost(self, of: Cost) -> float:
@@ -101,6 +105,32 @@ class Problem:
 def keep(layer: Layer) -> Candidate:
     """The candidate that leaves the layer alone."""
     return Candidate(layer.key, KEEP, (), None, 0.0, 0.0, layer.shape.params, layer.macs, layer.macs)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Which ranks are worth a look.
+
+    Args:
+        step: Ranks are multiples of it.
+        block: Channel counts are rounded up to multiples of it, as kernels with blocked layouts do; 1 where time does
+            not count.
+        per_method: Candidates kept of each method.
+    """
+
+    step: int
+    block: int = 1
+    per_method: int = 12
+
+    @staticmethod
+    def of_machine(block: int) -> Grid:
+        """Ranks that fill the machine's channel blocks: one in between costs as much as the next multiple."""
+        return Grid(block, block)
+
+    @staticmethod
+    def of_size(shape: LayerShape) -> Grid:
+        """Ranks for goals of size, where every one counts for itself: about 32 on the smaller side of a layer."""
+        return Grid(max(1, min(shape.out, shape.in_) // 32), 1, 32)
 
 
 def candidate(layer: Layer, method: Decomposition, factorization: Factorization, rank: Rank, block: int) -> Candidate:

@@ -101,5 +101,18 @@ class Chain:
         return sum(site.count * self.site_macs(layer, site, block) for site in layer.sites)
 
 
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """The arrays of a chain.
+
+    Args:
+        factors: Weights of the stages, first stage first, each of shape `stage.weight`.
+        bias: What is added to the layer's bias, (groups * out,); None for nothing.
+    """
+
+    factors: tuple[Array, ...]
+    bias: Array | None = None
+
+
 def _round_up(value: int, block: int) -> int:
     return -(-value // block) * block

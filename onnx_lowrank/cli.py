@@ -26,6 +26,7 @@ from onnx_lowrank.cli_options import (
     AllocatorOption,
     BisectOption,
     CalibrationOption,
+    ErrorMetricOption,
     EvalOption,
     FallbackOption,
     JsonOption,
@@ -33,17 +34,21 @@ from onnx_lowrank.cli_options import (
     KeepOption,
     KeepParamsOption,
     LatencyOption,
+    MaxDropOption,
     MaxErrorOption,
     MemoryOption,
     MetricOption,
     ModelArgument,
+    NoRefitOption,
     OfOption,
     OnlyOption,
     OutOption,
     PassesOption,
+    PreprocessOption,
     ProviderOption,
     ProviderOptionOption,
     RecipeOption,
+    SamplesOption,
     SeedOption,
     ShapeOption,
     SpeedupOption,
@@ -51,7 +56,7 @@ from onnx_lowrank.cli_options import (
     TimeOption,
     given,
 )
-from onnx_lowrank.data import read_npz
+from onnx_lowrank.data import read_samples
 from onnx_lowrank.demo import run_demo
 from onnx_lowrank.display import catalogue_table, phases_on
 from onnx_lowrank.divergence import first_divergence
@@ -101,11 +106,16 @@ def optimize(
     speedup: SpeedupOption = None,
     latency_ms: LatencyOption = None,
     max_error: MaxErrorOption = None,
+    max_drop: MaxDropOption = None,
     keep_macs: KeepMacsOption = None,
     keep_params: KeepParamsOption = None,
     calibration: CalibrationOption = None,
+    preprocess: PreprocessOption = None,
+    samples: SamplesOption = None,
+    no_refit: NoRefitOption = False,
     labelled: EvalOption = None,
     metric: MetricOption = None,
+    error_metric: ErrorMetricOption = None,
     provider: ProviderOption = None,
     provider_option: ProviderOptionOption = None,
     threads: ThreadsOption = None,
@@ -164,9 +174,16 @@ def plan(
     speedup: SpeedupOption = None,
     latency_ms: LatencyOption = None,
     max_error: MaxErrorOption = None,
+    max_drop: MaxDropOption = None,
     keep_macs: KeepMacsOption = None,
     keep_params: KeepParamsOption = None,
     calibration: CalibrationOption = None,
+    preprocess: PreprocessOption = None,
+    samples: SamplesOption = None,
+    no_refit: NoRefitOption = False,
+    labelled: EvalOption = None,
+    metric: MetricOption = None,
+    error_metric: ErrorMetricOption = None,
     provider: ProviderOption = None,
     provider_option: ProviderOptionOption = None,
     threads: ThreadsOption = None,
@@ -184,7 +201,7 @@ def plan(
 ) -> None:
     """Do the same analysis, write the plan and no model."""
     settings = settings_of(given(locals(), recipe), provider_option or ())
-    pipeline.check_paths(out, model, settings.calibration, recipe)
+    pipeline.check_paths(out, model, settings.calibration, settings.eval, recipe)
     outcome = pipeline.plan(model, settings, phases_on(_err), beside=(out,))
     made = outcome.best.plan
     io.write_text(out, made.to_json())
@@ -203,11 +220,16 @@ def apply(
     out: OutOption,
     *,
     calibration: CalibrationOption = None,
+    preprocess: PreprocessOption = None,
+    samples: SamplesOption = None,
     force: Annotated[bool, typer.Option(help="Realise it although it was made for another model or data.")] = False,
 ) -> None:
     """Realise a plan: the same model and plan give the same bytes."""
     made = Plan.read(plan_file)
-    pipeline.apply(model, made, out, calibration=calibration, force=force)
+    settings = settings_of(given(locals(), None))
+    pipeline.apply(
+        model, made, out, calibration=calibration, preprocess=preprocess, samples=settings.samples, force=force
+    )
     count = sum(not choice.keeps for choice in made.layers)
     _out.print(f"{count} layers factorized; written to {out}", markup=False, highlight=False)
 
@@ -217,8 +239,12 @@ def validate(
     original: ModelArgument,
     optimized: Annotated[Path, typer.Argument(metavar="OPTIMIZED", help="The model to compare with it.")],
     *,
-    data: Annotated[Path | None, typer.Option(help="Samples (.npz); without, inputs are drawn to fit.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Samples, as `optimize` takes them; without, inputs are drawn to fit.")
+    ] = None,
+    preprocess: PreprocessOption = None,
     max_error: MaxErrorOption = None,
+    error_metric: ErrorMetricOption = None,
     provider: ProviderOption = None,
     provider_option: ProviderOptionOption = None,
     threads: ThreadsOption = None,
@@ -231,8 +257,16 @@ def validate(
     """Compare the outputs of two models."""
     settings = settings_of(given(locals(), None), provider_option or ())
     signature = signature_of(io.load(original).to_proto())
-    dataset = None if data is None else read_npz(data, signature.inputs)
-    found = compare(original, optimized, settings.target, dataset, max_error, seed=settings.seed)
+    dataset = None if data is None else read_samples(data, signature.inputs, preprocess=preprocess)
+    found = compare(
+        original,
+        optimized,
+        settings.target,
+        dataset,
+        max_error,
+        seed=settings.seed,
+        error_metric=settings.error_metric,
+    )
     parted = None
     if bisect:
         tolerance = settings.goal.value
@@ -272,6 +306,7 @@ def inspect_(
     model: ModelArgument,
     *,
     calibration: CalibrationOption = None,
+    preprocess: PreprocessOption = None,
     provider: ProviderOption = None,
     provider_option: ProviderOptionOption = None,
     threads: ThreadsOption = None,

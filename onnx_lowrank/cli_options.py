@@ -10,6 +10,8 @@ from typing import Annotated
 import typer
 
 from onnx_lowrank.allocators import ALLOCATORS
+from onnx_lowrank.error_metrics import ERROR_METRICS
+from onnx_lowrank.metrics import METRICS
 from onnx_lowrank.recipe import Recipe, parse_passes, read_recipe
 from onnx_lowrank.request import merged
 from onnx_lowrank.target import PROVIDERS
@@ -26,19 +28,40 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machine
 SpeedupOption = Annotated[float | None, typer.Option(help="Times as fast as the original.", rich_help_panel=GOALS)]
 LatencyOption = Annotated[float | None, typer.Option(help="Milliseconds per run.", rich_help_panel=GOALS)]
 MaxErrorOption = Annotated[
-    float | None, typer.Option(help="Largest relative L2 error of the outputs.", rich_help_panel=GOALS)
+    float | None, typer.Option(help="Largest error of the outputs, see --error-metric.", rich_help_panel=GOALS)
+]
+MaxDropOption = Annotated[
+    float | None, typer.Option(help="Largest drop of --metric on --eval: 0.01 is a point.", rich_help_panel=GOALS)
 ]
 KeepMacsOption = Annotated[
     float | None, typer.Option(help="Share of the multiply-accumulates to keep.", rich_help_panel=GOALS)
 ]
 KeepParamsOption = Annotated[float | None, typer.Option(help="Share of the parameters to keep.", rich_help_panel=GOALS)]
 CalibrationOption = Annotated[
-    Path | None, typer.Option(help="Unlabelled samples (.npz, arrays named like the inputs).", rich_help_panel=DATA)
+    str | None,
+    typer.Option(
+        help="Unlabelled samples: .npz file, folder of .npy/.npz files or images, or module:function.",
+        rich_help_panel=DATA,
+    ),
+]
+PreprocessOption = Annotated[
+    str | None, typer.Option(help="Images to arrays: resize=256,crop=224,scale=255,...", rich_help_panel=DATA)
+]
+SamplesOption = Annotated[
+    int | None, typer.Option(help="Most samples of --calibration to use; 2048 by default.", rich_help_panel=DATA)
+]
+NoRefitOption = Annotated[
+    bool, typer.Option("--no-refit", help="Use --calibration for the ranking only.", rich_help_panel=DATA)
 ]
 EvalOption = Annotated[
-    Path | None, typer.Option("--eval", help="Labelled samples (.npz with `label`).", rich_help_panel=DATA)
+    str | None, typer.Option("--eval", help="Labelled samples, given like --calibration.", rich_help_panel=DATA)
 ]
-MetricOption = Annotated[str | None, typer.Option(help="top1, top5, mse or cosine.", rich_help_panel=DATA)]
+MetricOption = Annotated[
+    str | None, typer.Option(help=f"{', '.join(METRICS)}, or module:function.", rich_help_panel=DATA)
+]
+ErrorMetricOption = Annotated[
+    str | None, typer.Option(help=f"Of --max-error: {', '.join(ERROR_METRICS)}.", rich_help_panel=DATA)
+]
 ProviderOption = Annotated[
     str | None, typer.Option(help=f"Execution provider: {', '.join(PROVIDERS)}.", rich_help_panel=TARGET)
 ]
@@ -99,5 +122,7 @@ def given(arguments: Mapping[str, object], recipe: Path | None) -> Recipe:
             values[name] = tuple(parse_passes(str(value)))
         else:
             values[name] = tuple(value) if isinstance(value, list) else value  # pyright: ignore[reportUnknownArgumentType]
+    if arguments.get("no_refit"):
+        values["refit"] = False
     asked = Recipe(**values)  # pyright: ignore[reportArgumentType] - the parser checked the types
     return asked if recipe is None else merged(asked, read_recipe(recipe))

@@ -13,15 +13,24 @@ Rank = tuple[int, ...]
 
 
 class Factorization(ABC):
-    """A weight decomposed once: errors and factors of every rank are then cheap."""
+    """A weight decomposed once: errors and factors of every rank are then cheap.
+
+    Errors are in the metric the weight was decomposed in: Frobenius, or the output error if it was calibrated.
+    """
 
     @abstractmethod
     def error(self, rank: Rank) -> float:
-        """Upper bound of the relative Frobenius error ||W - W'|| / ||W|| at `rank`; exact for spectral methods."""
+        """Relative error at `rank`, never below that of `factors(rank)`; exact for spectral methods.
+
+        ||W - W'|| / ||W||, or sqrt(tr((M - M') G (M - M')^T) / tr(M G M^T)) with the input's second moment G.
+        """
 
     @abstractmethod
     def spectral_error(self, rank: Rank) -> float:
-        """Upper bound of the spectral norm of what is cut, relative to the unfolding's: what ALDS compares."""
+        """Spectral norm of what is cut, relative to the unfolding's: what ALDS compares. Never rises with the rank.
+
+        An upper bound in the Frobenius metric; calibrated, each method says what it compares.
+        """
 
     @abstractmethod
     def factors(self, rank: Rank) -> tuple[Array, ...]:
@@ -49,8 +58,15 @@ class Decomposition(ABC):
         """The chain at `rank`; shapes only."""
 
     @abstractmethod
-    def factorize(self, weight: Array) -> Factorization:
-        """Decompose a canonical weight (groups, out, in, *kernel) once, for every rank."""
+    def factorize(self, weight: Array, gram: Array | None = None) -> Factorization:
+        """Decompose a canonical weight (groups, out, in, *kernel) once, for every rank.
+
+        Args:
+            weight: The weight.
+            gram: Second moment E[c c^T] of the layer's unfolded input, (groups, n, n) with n = in * prod(kernel) in the
+                weight's own order; positive semidefinite. With it the output error is minimised instead of the
+                weight's. A method may ignore it: its chains are then calibrated by the refit alone.
+        """
 
     @abstractmethod
     def exact_rank(self, shape: LayerShape) -> Rank | None:

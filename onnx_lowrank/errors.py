@@ -46,6 +46,10 @@ class InvalidResultError(LowRankError):
     exit_code: ClassVar[int] = 4
 
 
+class NonFiniteResultError(InvalidResultError):
+    """The optimized model gives NaN or infinity where the original does not."""
+
+
 class GoalNotReachedError(LowRankError):
     """The goal could not be reached; the best model found was written (exit code 3)."""
 

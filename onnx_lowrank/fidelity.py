@@ -5,7 +5,8 @@ largest class agrees, and the Kullback-Leibler divergence KL(reference || candid
 
 * probabilities: every row along the last axis (two classes or more) is nonnegative and sums to 1 within 1e-3;
 * logits: named so by the caller, or an output with "logit" in its name; a softmax over the last axis comes first;
-* scores: any other output of real numbers of shape (samples, classes >= 2): agreement only;
+* scores: any other output of real numbers of shape (samples, classes >= 2): agreement only, unless the caller says
+  that they are logits too;
 * values: all else.
 
 Two outputs of different shapes (detections after suppression) count as wholly wrong: error 1, no agreement.
@@ -90,10 +91,12 @@ class FidelityMeter:
 
     Args:
         logits: Outputs the user calls logits.
+        scores_are_logits: Whether all outputs that would be scores are logits.
     """
 
-    def __init__(self, logits: Collection[str] = ()) -> None:
+    def __init__(self, logits: Collection[str] = (), *, scores_are_logits: bool = False) -> None:
         self._logits = set(logits)
+        self._scores = "logits" if scores_are_logits else "scores"
         self._outputs: dict[str, _Output] = {}
 
     def update(
@@ -132,6 +135,13 @@ class FidelityMeter:
         states = [state for state in self._outputs.values() if state.floating] or list(self._outputs.values())
         return _ratio(sum(state.difference2 for state in states), sum(state.reference2 for state in states))
 
+    @property
+    def loss(self) -> float:
+        """Damage to all outputs, second order in small errors: KL where it is defined, else squared relative error."""
+        outputs = self.result()
+        floating = [output for output in outputs if self._outputs[output.name].floating] or outputs
+        return sum(output.relative**2 if output.kl is None else output.kl for output in floating)
+
     def _kind(self, name: str, array: NDArray[np.generic]) -> str:
         if array.ndim < 2 or array.shape[-1] < 2 or array.dtype.kind in "iubOUS":
             return "values"
@@ -139,7 +149,7 @@ class FidelityMeter:
             return "logits"
         if _is_distribution(array.astype(np.float64)):
             return "probabilities"
-        return "scores" if array.ndim == 2 else "values"
+        return self._scores if array.ndim == 2 else "values"
 
 
 def relative_error(reference: Mapping[str, object], candidate: Mapping[str, object]) -> float:

@@ -55,9 +55,16 @@ class LatencyMs(Goal):
 
 @dataclass(frozen=True)
 class MaxError(Goal):
-    """The fastest model whose relative L2 error over all outputs is at most this."""
+    """The fastest model whose outputs are at most this far from the original's, in the chosen error metric."""
 
     kind: ClassVar[str] = "max-error"
+
+
+@dataclass(frozen=True)
+class MaxDrop(Goal):
+    """The fastest model whose mean task metric on the labelled samples is at most this much below the original's."""
+
+    kind: ClassVar[str] = "max-drop"
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ class KeepParams(Goal):
 
 
 DEFAULT_GOAL = MaxError(0.01)
-GOALS: tuple[type[Goal], ...] = (Speedup, LatencyMs, MaxError, KeepMacs, KeepParams)
+GOALS: tuple[type[Goal], ...] = (Speedup, LatencyMs, MaxError, MaxDrop, KeepMacs, KeepParams)
 
 
 def one_goal(given: dict[str, float | None]) -> Goal:

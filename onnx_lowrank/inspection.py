@@ -65,7 +65,7 @@ def inspect(model: Path | str, settings: Settings | None = None, phases: Phases 
     """
     settings, phases = settings or Settings(), phases or Phases()
     with phases.phase("read"):
-        source = read_source(Path(model), settings.calibration)
+        source = read_source(Path(model), settings.calibration, preprocess=settings.preprocess)
     with tempfile.TemporaryDirectory(prefix="onnx-lowrank-") as folder:
         ready = prepare(source, settings, Path(folder), phases)
     found, total = ready.survey, parameters(ready.survey.graph)

@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Collection, Generator, Mapping
 from pathlib import Path
 
 from onnx_lowrank.catalogue import all_decompositions, split
-from onnx_lowrank.errors import InputError
+from onnx_lowrank.chain import Fit
+from onnx_lowrank.decomposition import Decomposition
+from onnx_lowrank.errors import InputError, InvalidResultError, NonFiniteResultError, ProviderError
+from onnx_lowrank.goals import MaxError
 from onnx_lowrank.graph import io
+from onnx_lowrank.graph.layers import layers
 from onnx_lowrank.pass_manager import PassManager
 from onnx_lowrank.passes.factor import Factor
-from onnx_lowrank.plan import Plan
+from onnx_lowrank.plan import DATA_FREE, REFIT, Plan
 from onnx_lowrank.progress import Phases
+from onnx_lowrank.refit import arrays, chosen_layers, refit
 from onnx_lowrank.report.assemble import assemble
 from onnx_lowrank.report.model import Report
 from onnx_lowrank.search.analysis import Source, analyse, read_source, tuned_for
 from onnx_lowrank.search.loop import Outcome
 from onnx_lowrank.settings import Settings
+from onnx_lowrank.target import Target
+from onnx_lowrank.validation import compare
+
+logger = logging.getLogger(__name__)
 
 
 def optimize(
@@ -53,13 +65,18 @@ def optimize(
     for path in (out, *beside):
         check_paths(path, model, settings.calibration, settings.eval)
     with phases.phase("read"):
-        source = read_source(model, settings.calibration, settings.eval)
+        source = _read(model, settings)
         for path in (out, *beside):
             io.spare_sources(source.graph, path)
     settings = tuned_for(source, settings, phases)
     with staging(out) as folder:
         analysis = analyse(source, settings, folder, phases)
-        report = assemble(analysis, settings, folder / out.name, phases)
+        try:
+            report = assemble(analysis, settings, folder / out.name, phases)
+        except NonFiniteResultError as error:
+            reached = isinstance(settings.goal, MaxError)
+            analysis = analysis.keeping_all(f"factorized, {error.got}: every layer is kept", reached=reached)
+            report = assemble(analysis, settings, folder / out.name, phases)
         publish(folder / out.name, out)
     return report, analysis.outcome.best.plan
 
@@ -78,7 +95,7 @@ def plan(
     """
     settings, phases = settings or Settings(), phases or Phases()
     with phases.phase("read"):
-        source = read_source(Path(model), settings.calibration, settings.eval)
+        source = _read(Path(model), settings)
         for path in beside:
             io.spare_sources(source.graph, path)
     settings = tuned_for(source, settings, phases)
@@ -87,7 +104,14 @@ def plan(
 
 
 def apply(
-    model: Path | str, a_plan: Plan, out: Path | str, *, calibration: Path | None = None, force: bool = False
+    model: Path | str,
+    a_plan: Plan,
+    out: Path | str,
+    *,
+    calibration: Path | str | None = None,
+    preprocess: str | None = None,
+    samples: int = Settings.samples,
+    force: bool = False,
 ) -> None:
     """Realise a plan: the same model and plan give the same bytes.
 
@@ -96,34 +120,56 @@ def apply(
         a_plan: The plan.
         out: Receives the result.
         calibration: The samples the plan was made with, or None.
+        preprocess: How images become arrays, as when the plan was made.
+        samples: How many of the samples are used at most, as when the plan was made.
         force: Realise the plan although it was made for another model or other data.
 
     Raises:
         InputError: if the plan was made for another model or other data, or does not fit the model.
         PassError: if a pass fails.
+        InvalidResultError: if the result does not run where the original does, or gives NaN where it does not.
     """
     model, out = Path(model), Path(out)
     check_paths(out, model, calibration)
-    source = read_source(model, calibration)
+    source = read_source(model, calibration, preprocess=preprocess, limit=samples)
     io.spare_sources(source.graph, out)
     _check_conditions(source, a_plan, force=force)
     passes, methods = split(a_plan.passes)
     allowed = all_decompositions() | {method.name: method for method in methods}
-    PassManager([*passes, Factor(a_plan, allowed)]).run(source.graph)
+    PassManager(passes).run(source.graph)
     with staging(out) as folder:
+        fits = _fits(source, a_plan, allowed, folder)
+        PassManager([Factor(a_plan, allowed, fits=fits)]).run(source.graph)
         io.save(source.graph, folder / out.name)
+        _try_out(source, folder / out.name)
         publish(folder / out.name, out)
 
 
-def check_paths(out: Path, *inputs: Path | None) -> None:
+def _fits(source: Source, a_plan: Plan, methods: Mapping[str, Decomposition], folder: Path) -> dict[str, Fit]:
+    """The arrays of a plan that was made with samples.
+
+    Raises:
+        InputError: if the samples are missing or too few.
+    """
+    if a_plan.fit == DATA_FREE:
+        return {}
+    if source.samples is None:
+        raise InputError(f"a plan of kind {a_plan.fit} without its samples", "--calibration", "give the same samples")
+    chosen = chosen_layers(layers(source.graph, check=False)[0], a_plan, methods)
+    target, regress = Target().exact(), a_plan.fit == REFIT
+    with Phases().phase("refit") as advance:
+        return arrays(refit(source.graph, chosen, source.samples, target, folder, advance, regress=regress))
+
+
+def check_paths(out: Path, *inputs: Path | str | None) -> None:
     """Refuse an output that would destroy an input or cannot be written.
 
     Raises:
         InputError: with what is wrong.
     """
     parent = out.absolute().parent
-    for read in inputs:
-        if read is not None and (out.resolve() == read.resolve() or (out.exists() and _same(out, read))):
+    for read in (Path(path) for path in inputs if path is not None):
+        if out.resolve() == read.resolve() or (out.exists() and _same(out, read)):
             raise InputError(f"{out} to write to, the same file as {read}", "a file of its own", "choose another one")
     if out.is_dir():
         raise InputError(f"the folder {out} as output", "a file name", f"write to {out / 'model.onnx'}")
@@ -131,6 +177,12 @@ def check_paths(out: Path, *inputs: Path | None) -> None:
         raise InputError(f"output in {parent}, which is no folder", "an existing folder", "make it first")
     if not os.access(parent, os.W_OK):
         raise InputError(f"output in {parent}, which is not writable", "a writable folder", "choose another one")
+
+
+def _read(model: Path, settings: Settings) -> Source:
+    return read_source(
+        model, settings.calibration, settings.eval, preprocess=settings.preprocess, limit=settings.samples
+    )
 
 
 def _same(out: Path, read: Path) -> bool:
@@ -153,15 +205,57 @@ def staging(out: Path) -> Generator[Path]:
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        with _undisturbed():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def publish(finished: Path, out: Path) -> None:
-    """Move a finished file, its external data first, to where the user wants it."""
+    """Move a finished file, its external data first, to where the user wants it: both or neither if interrupted."""
     data = finished.with_name(finished.name + ".data")
-    if data.exists():
-        data.replace(out.with_name(data.name))
-    finished.replace(out)
+    with _undisturbed():
+        if data.exists():
+            data.replace(out.with_name(data.name))
+        finished.replace(out)
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Generator[None]:
+    """SIGINT and SIGTERM that arrive in the block are heeded after it."""
+    if threading.current_thread() is not threading.main_thread():  # signals only ever arrive there
+        yield
+        return
+    came: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in handlers:
+        signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set from Python
+        for number in came[:1]:
+            signal.raise_signal(number)
+
+
+def _try_out(source: Source, finished: Path) -> None:
+    """Run a finished model once beside the original, on its samples or on inputs drawn to fit the signature.
+
+    A plan says nothing about shapes, so where the original does not run on such inputs nothing can be said.
+
+    Raises:
+        InvalidResultError: if the result does not run where the original does, or gives NaN where it does not.
+    """
+    target = Target()
+    try:
+        found = compare(source.path, finished, target, source.data, most=1)
+    except (InputError, ProviderError) as error:
+        with contextlib.suppress(InputError, ProviderError):
+            compare(source.path, source.path, target, source.data, most=1)
+            got = f"{finished.name} that does not run where the original does ({error.got})"
+            raise InvalidResultError(got, "a model that runs", "report this as a bug") from error
+        logger.warning("the result was not run: the original gives no outputs either (%s)", error.got)
+        return
+    found.require_valid()
 
 
 def _check_conditions(source: Source, a_plan: Plan, *, force: bool) -> None:

@@ -13,6 +13,7 @@ from onnx_lowrank.decomposition import Rank
 from onnx_lowrank.errors import InputError
 
 KEEP = "keep"
+DATA_FREE, CALIBRATED, REFIT = "data-free", "calibrated", "refit"
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class Plan:
         versions: Library versions the plan was made with.
         passes: Graph passes in order, with options.
         layers: One choice per layer.
+        fit: How the arrays come about: "data-free", from the weights alone; "calibrated", for the inputs the samples
+            give; "refit", fitted to the original's outputs on them.
     """
 
     model_sha256: str
@@ -70,6 +73,7 @@ class Plan:
     passes: tuple[PassSpec, ...] = ()
     data_sha256: str | None = None
     versions: dict[str, str] = field(default_factory=dict[str, str])
+    fit: str = DATA_FREE
     schema: int = 1
 
     def to_json(self) -> str:
@@ -81,7 +85,8 @@ class Plan:
         """Short hash of everything that determines the rewritten model; stamped into its nodes."""
         decisive = [(c.key, c.method, list(c.rank)) for c in self.layers]
         passes = [(p.name, sorted(p.options.items())) for p in self.passes]
-        text = json.dumps([self.model_sha256, decisive, passes], default=str)
+        data = None if self.fit == DATA_FREE else self.data_sha256
+        text = json.dumps([self.model_sha256, decisive, passes, self.fit, data], default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def choice(self, key: str) -> Choice | None:
@@ -106,7 +111,8 @@ class Plan:
             passes = tuple(PassSpec(str(p["name"]), dict(p["options"])) for p in raw["passes"])
             data = raw["data_sha256"]
             versions = {str(key): str(value) for key, value in raw["versions"].items()}
-            return Plan(str(raw["model_sha256"]), layers, passes, None if data is None else str(data), versions)
+            fit = _fit(str(raw.get("fit", DATA_FREE)))
+            return Plan(str(raw["model_sha256"]), layers, passes, None if data is None else str(data), versions, fit)
         except json.JSONDecodeError as error:
             raise InputError(f"{source} that is not JSON ({error})", "a plan file", "make it with `plan`") from error
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -122,6 +128,12 @@ class Plan:
             return Plan.from_json(path.read_text(encoding="utf-8"), str(path))
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{path} ({error})", "a readable plan file", "check the path") from error
+
+
+def _fit(name: str) -> str:
+    if name not in {DATA_FREE, CALIBRATED, REFIT}:
+        raise ValueError(f"fit {name!r}")
+    return name
 
 
 def _choice(item: dict[str, Any]) -> Choice:

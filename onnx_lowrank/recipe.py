@@ -12,6 +12,7 @@ from typing import get_args, get_type_hints
 
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.plan import PassSpec
+from onnx_lowrank.user_function import is_function_name
 
 _FORM = "name or name{option=value,...}, separated by commas"
 _SPEC = re.compile(r"\s*(?P<name>[A-Za-z_][\w.-]*)\s*(\{(?P<options>[^{}]*)\})?\s*(,|$)")
@@ -56,11 +57,16 @@ class Recipe:
     speedup: float | None = None
     latency_ms: float | None = None
     max_error: float | None = None
+    max_drop: float | None = None
     keep_macs: float | None = None
     keep_params: float | None = None
-    calibration: Path | None = None
-    eval: Path | None = None
+    calibration: Path | str | None = None
+    preprocess: str | None = None
+    samples: int | None = None
+    refit: bool | None = None
+    eval: Path | str | None = None
     metric: str | None = None
+    error_metric: str | None = None
     provider: str | None = None
     threads: int | None = None
     shape: tuple[str, ...] | None = None
@@ -108,7 +114,7 @@ def _value(path: Path, key: str, value: object, kind: object) -> object:
     if kind == tuple[str, ...] and texts is not None:
         return tuple(texts)
     if kind is Path and isinstance(value, str):
-        return path.parent / value
+        return value if is_function_name(value) else path.parent / value
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     if isinstance(kind, type) and type(value) is kind:

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import fields, replace
 
 from onnx_lowrank.allocators import ALLOCATORS
+from onnx_lowrank.data.preprocessing import parse_preprocess
+from onnx_lowrank.error_metrics import check_error_metric
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.goals import GOALS, one_goal
 from onnx_lowrank.metrics import metric_named
@@ -37,11 +39,9 @@ def settings_of(asked: Recipe, provider_options: Iterable[str] = ()) -> Settings
         provider_options=dict(_option(text) for text in provider_options),
         allow_fallback=bool(asked.allow_fallback),
     )
-    plain = Settings(goal=goal, target=target)
-    named = ("calibration", "eval", "metric", "passes", "allocator", "of", "only", "keep", "seed", "time_limit")
-    more = ("memory_limit", "bisect")
-    chosen = {name: getattr(asked, name) for name in (*named, *more) if getattr(asked, name) is not None}
-    settings = replace(plain, **chosen)
+    named = {item.name for item in fields(Settings)} & {item.name for item in fields(Recipe)}
+    chosen = {name: getattr(asked, name) for name in named if getattr(asked, name) is not None}
+    settings = Settings(goal=goal, target=target, **chosen)
     _check(settings)
     return settings
 
@@ -65,4 +65,9 @@ def _check(settings: Settings) -> None:
         raise InputError(f"--time-limit {settings.time_limit:g}", "a positive number of seconds", "give another number")
     if settings.memory_limit <= 0:
         raise InputError(f"--memory-limit {settings.memory_limit}", "a positive number of bytes", "give another number")
+    if settings.samples < 1:
+        raise InputError(f"--samples {settings.samples}", "at least 1", "give another number")
+    if settings.preprocess is not None:
+        parse_preprocess(settings.preprocess)
+    check_error_metric(settings.error_metric)
     metric_named(settings.metric)

@@ -18,8 +18,9 @@ import onnx_graphsurgeon as gs
 from onnx import ModelProto, NodeProto, TensorProto, helper
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
-from onnx_lowrank.chain import Chain, Stage
+from onnx_lowrank.chain import Chain, Fit, Stage
 from onnx_lowrank.graph.applied import Applied, applied
+from onnx_lowrank.graph.bias import bias_slot
 from onnx_lowrank.graph.keys import keyed_nodes
 from onnx_lowrank.graph.model import Graph
 from onnx_lowrank.graph.scope import Scope
@@ -100,13 +101,13 @@ class Replacement:
     Args:
         layer: Read from the graph that is rewritten.
         chain: Its chain.
-        factors: Stage weights, first stage first, each of shape `stage.weight`.
+        fit: The chain's arrays.
         stamp: What the new nodes say about themselves: metadata from IR version 10 on, else in the doc string.
     """
 
     layer: Layer
     chain: Chain
-    factors: Sequence[Array]
+    fit: Fit
     stamp: Mapping[str, str]
 
 
@@ -129,13 +130,18 @@ def splice(graph: Graph, replacements: Iterable[Replacement]) -> dict[str, int]:
         owner, first = sites[0][2].weight.scope, sites[0][1]
         names: list[str] = []
         count[layer.key] = 0
-        for i, (stage, factor) in enumerate(zip(chain.stages, replacement.factors, strict=True)):
+        for i, (stage, factor) in enumerate(zip(chain.stages, replacement.fit.factors, strict=True)):
             array, tiny = flushed(factor)
             label = f"{first.name or first.output[0]}/{chain.method}_{i}/weight"
             names.append(owner.add_initializer(label, stage_tensor(layer.form, stage, array), layer.form.elem_type))
             count[layer.key] += tiny
         for scope, node, use in sites:
-            new[id(node)] = _stamped(graph, node, _lowered(graph, node, use, chain, names), replacement.stamp)
+            bias = node.input[2] if use.form.bias else None
+            if replacement.fit.bias is not None:
+                bias = _shifted(scope, node, use, replacement)
+            form = replace(use.form, bias=bias is not None)
+            lowered = _lowered(graph, node, replace(use, form=form), chain, names, bias)
+            new[id(node)] = _stamped(graph, node, lowered, replacement.stamp)
             unread.append((scope, node.input[1 - use.activation_operand]))
     if not new:
         return count  # not even what nobody read before leaves the graph
@@ -215,14 +221,29 @@ def _applied(scope: Scope, node: NodeProto) -> Applied:
     return found
 
 
-def _lowered(graph: Graph, node: NodeProto, use: Applied, chain: Chain, names: Sequence[str]) -> list[NodeProto]:
+def _shifted(scope: Scope, node: NodeProto, use: Applied, replacement: Replacement) -> str | None:
+    """A bias changed as the fit says: its name where the node itself has it; an Add behind the node is edited."""
+    slot, change = bias_slot(scope, node, use), replacement.fit.bias
+    if slot is None or change is None:
+        raise ValueError(f"got a change of bias for node {node.name!r}; expected a node with room for one")
+    name = slot.add(change, f"{node.name or node.output[0]}/{replacement.chain.method}/bias", use.form.elem_type)
+    if slot.node is node:
+        return name
+    slot.node.input[slot.operand] = name
+    scope.touch()
+    return None
+
+
+def _lowered(
+    graph: Graph, node: NodeProto, use: Applied, chain: Chain, names: Sequence[str], bias: str | None
+) -> list[NodeProto]:
     """The chain for one node, under names that are free in `graph`."""
-    bias = node.input[2] if use.form.bias else None
     x, y = node.input[use.activation_operand], node.output[0]
     nodes = lower(use.form, chain, f"{node.name or y}/{chain.method}", x, y, bias, names)
     renamed = {name: graph.free_name(name) for new in nodes for name in new.output if name != y}
     for new in nodes:
-        new.name = graph.free_name(new.name)
+        # A layer that keeps its shape keeps its name.
+        new.name = node.name if len(chain.stages) == 1 and new is nodes[-1] else graph.free_name(new.name)
         new.input[:] = [renamed.get(name, name) for name in new.input]
         new.output[:] = [renamed.get(name, name) for name in new.output]
     return nodes

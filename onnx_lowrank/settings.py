@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from onnx_lowrank.errors import InputError
-from onnx_lowrank.goals import DEFAULT_GOAL, Goal
+from onnx_lowrank.goals import DEFAULT_GOAL, Goal, MaxDrop
 from onnx_lowrank.plan import PassSpec
 from onnx_lowrank.target import Target
 
@@ -20,9 +20,14 @@ class Settings:
     Args:
         goal: What is wanted.
         target: Where the model will run.
-        calibration: Unlabelled samples (.npz): they give the input shapes and the fidelity figures.
-        eval: Labelled samples (.npz) for `metric`.
-        metric: Task metric: top1, top5, mse or cosine.
+        calibration: Unlabelled samples: an .npz file, a folder of arrays or images, or `module:function`. They give the
+            input shapes, the inputs layers are fitted on, and the fidelity figures.
+        preprocess: How images become arrays; None: as preprocess.txt in their folder says.
+        samples: How many samples of `calibration` are used at most.
+        refit: Whether layers are fitted to `calibration`; without, it serves the ranking and the figures only.
+        eval: Labelled samples for `metric`, from the same kinds of sources.
+        metric: Task metric: top1, top5, mse, cosine or `module:function`.
+        error_metric: What a max-error goal limits: relative, cosine, kl, top1 or worst.
         passes: Graph passes and decompositions; where one kind is not named, all of that kind are used.
         allocator: Name of the rank rule.
         of: What keep-macs and keep-params are shares of: "all" or "factorable" layers.
@@ -36,9 +41,13 @@ class Settings:
 
     goal: Goal = DEFAULT_GOAL
     target: Target = field(default_factory=Target)
-    calibration: Path | None = None
-    eval: Path | None = None
+    calibration: Path | str | None = None
+    preprocess: str | None = None
+    samples: int = 2048
+    refit: bool = True
+    eval: Path | str | None = None
     metric: str = "top1"
+    error_metric: str = "relative"
     passes: tuple[PassSpec, ...] = ()
     allocator: str = "knapsack"
     of: str = "all"
@@ -48,6 +57,11 @@ class Settings:
     time_limit: float | None = None
     memory_limit: int = 1 << 30
     bisect: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse a goal that nothing is given to measure on."""
+        if isinstance(self.goal, MaxDrop) and self.eval is None:
+            raise InputError(f"--{self.goal} without --eval", "labelled samples to measure the drop on", "give --eval")
 
     def require_matches(self, names: Collection[str]) -> None:
         """Refuse patterns that match none of `names`: a typing error would pin nothing, or everything.

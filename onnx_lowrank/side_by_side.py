@@ -123,8 +123,7 @@ def batches_for(
     if dataset is not None:
         size = dataset.batch or batch_size(inputs, target)
         used = dataset.take(slice(_REFERENCE_BATCHES * size)) if small else dataset
-        counts = [size] * (len(used) // size) + [len(used) % size] * bool(len(used) % size)
-        return zip(used.feeds(size), counts, strict=True), list(dataset.notes)
+        return ((batch.feeds, len(batch.rows)) for batch in used.batches(size)), list(dataset.notes)
     sizes = (_SMALL_IMAGE, _SMALL_OTHER) if small else ()
     given = [entry.shapes for entry in target.shapes] or [{}]
     resolved = [resolve_shapes(inputs, shapes, *sizes) for shapes in given]

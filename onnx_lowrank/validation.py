@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import onnx
@@ -16,7 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from onnx_lowrank.data import Dataset
-from onnx_lowrank.errors import InputError, InvalidResultError
+from onnx_lowrank.error_metrics import error_in
+from onnx_lowrank.errors import InputError, InvalidResultError, NonFiniteResultError
 from onnx_lowrank.fidelity import FidelityMeter, OutputFidelity
 from onnx_lowrank.graph import check_file, load
 from onnx_lowrank.side_by_side import batches_for, open_pair
@@ -36,8 +38,10 @@ class Validation:
         samples: Samples compared.
         relative_error: Relative L2 error over all outputs of real numbers.
         outputs: Distances per output.
-        max_error: The limit stated for `relative_error`, or None.
+        max_error: The limit stated for `error(error_metric)`, or None.
         notes: Guesses and exceptions the user should know.
+        error_metric: What `max_error` limits; one of `error_metrics.ERROR_METRICS`.
+        loss: Damage to all outputs as the search predicts it; see `FidelityMeter.loss`.
     """
 
     original: str
@@ -49,29 +53,43 @@ class Validation:
     outputs: tuple[OutputFidelity, ...]
     max_error: float | None = None
     notes: tuple[str, ...] = field(default=())
+    error_metric: str = "relative"
+    loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse an error metric the outputs have nothing for."""
+        self.error(self.error_metric)
 
     def to_dict(self) -> dict[str, object]:
         """Plain values for JSON."""
         return asdict(self)
 
+    def error(self, metric: str) -> float:
+        """Distance of all outputs in one of `error_metrics.ERROR_METRICS`.
+
+        Raises:
+            InputError: if no output has what the metric needs.
+        """
+        return error_in(metric, self.outputs, self.relative_error)
+
     def require_valid(self) -> None:
         """Check for non-finite outputs and the stated limit.
 
         Raises:
-            InvalidResultError: if either is violated.
+            NonFiniteResultError, InvalidResultError: if either is violated.
         """
         file = Path(self.optimized).name
         for output in self.outputs:
             if output.non_finite_new:
-                raise InvalidResultError(
+                raise NonFiniteResultError(
                     f"{output.non_finite_new} NaN or infinite values in output {output.name!r} of {file}",
                     "finite values wherever the original has them",
                     "use a smaller goal, or keep the layers in front of it with --keep",
                 )
-        if self.max_error is not None and not self.relative_error <= self.max_error:
+        if self.max_error is not None and not (error := self.error(self.error_metric)) <= self.max_error:
             worst = max(self.outputs, key=lambda output: output.relative)
             raise InvalidResultError(
-                f"relative error {self.relative_error:.3g} on {self.data} data; the worst output is {worst.name!r}",
+                f"{self.error_metric} error {error:.3g} on {self.data} data; the worst output is {worst.name!r}",
                 f"at most {self.max_error:g}",
                 "use a smaller goal, or keep sensitive layers with --keep",
             )
@@ -85,6 +103,7 @@ def validate(
     max_error: float | None = None,
     *,
     seed: int = 0,
+    error_metric: str = "relative",
 ) -> Validation:
     """`compare`, then `Validation.require_valid`: returns only for a valid result.
 
@@ -92,7 +111,7 @@ def validate(
         InvalidResultError: in either.
         InputError, ProviderError: if a file cannot be read or run.
     """
-    validation = compare(original, optimized, target, dataset, max_error, seed=seed)
+    validation = compare(original, optimized, target, dataset, max_error, seed=seed, error_metric=error_metric)
     validation.require_valid()
     return validation
 
@@ -106,6 +125,8 @@ def compare(
     *,
     seed: int = 0,
     logits: Collection[str] = (),
+    error_metric: str = "relative",
+    most: int | None = None,
 ) -> Validation:
     """Check the file and the signature, run both models and measure the distance of their outputs.
 
@@ -114,9 +135,11 @@ def compare(
         optimized: The model after.
         target: Where to run; its first optimization level is used, and its shapes for synthetic inputs.
         dataset: Held-out samples, or None for seeded synthetic inputs.
-        max_error: Limit for the relative error; kept in the result, see `Validation.require_valid`.
+        max_error: Limit for the error; kept in the result, see `Validation.require_valid`.
         seed: Seed of the synthetic inputs.
         logits: Outputs to be called logits; see `fidelity`.
+        error_metric: What `max_error` limits; for "kl" all scores are called logits.
+        most: Run on so many batches at most.
 
     Raises:
         InvalidResultError: if the checker refuses the optimized file or its signature is not the original's.
@@ -129,8 +152,8 @@ def compare(
     batches, notes = batches_for(before, target, dataset, seed=seed, small=not pair.exact)
     if not pair.exact:
         notes.append(f"{target.provider_name} has no kernels for the element types used: compared with {pair.engine}")
-    meter, samples = FidelityMeter(logits), 0
-    for reference, candidate, count in pair.outputs(batches):
+    meter, samples = FidelityMeter(logits, scores_are_logits=error_metric == "kl"), 0
+    for reference, candidate, count in pair.outputs(islice(batches, most)):
         meter.update(reference, candidate, count)
         samples += count
     return Validation(
@@ -143,6 +166,8 @@ def compare(
         outputs=meter.result(),
         max_error=max_error,
         notes=tuple(notes),
+        error_metric=error_metric,
+        loss=meter.loss,
     )
 
 
@@ -167,6 +192,8 @@ def render(validation: Validation) -> Group:
         f"relative error {validation.relative_error:.3g} over all outputs on "
         f"{validation.samples} {validation.data} samples ({validation.engine})"
     )
+    if validation.error_metric != "relative":
+        heading = f"{validation.error_metric} error {validation.error(validation.error_metric):.3g}; {heading}"
     return Group(Text(heading), table, *(Text(f"note: {note}", style="yellow") for note in validation.notes))
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from threadpoolctl import threadpool_limits
 
+from onnx_lowrank.chain import Chain, Fit
 from onnx_lowrank.decomposition import Decomposition, Factorization, Rank
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.graph.layers import layers
@@ -30,6 +32,7 @@ class Factor(Pass):
         plan: The choices; layers it does not mention are kept.
         methods: The decompositions the plan may name.
         factorizations: Weights already decomposed, by layer key and method; the others are decomposed now.
+        fits: Arrays already fitted, by layer key; they go before `factorizations`.
     """
 
     plan: Plan
@@ -37,6 +40,7 @@ class Factor(Pass):
     factorizations: Mapping[tuple[str, str], Factorization] = field(
         default_factory=dict[tuple[str, str], Factorization]
     )
+    fits: Mapping[str, Fit] = field(default_factory=dict[str, Fit])
     name: ClassVar[str] = "factor"
 
     def run(self, graph: Graph) -> PassResult:
@@ -52,7 +56,8 @@ class Factor(Pass):
         for choice in chosen:
             self._check(choice, by_key.get(choice.key))
         with threadpool_limits(1):  # as when the candidates were decomposed: the same factors, bit for bit
-            flushed = splice(graph, (self._replacement(by_key[choice.key], choice) for choice in chosen))
+            chains = (self._replacement(by_key[choice.key], choice) for choice in chosen)
+            flushed = splice(graph, itertools.chain(chains, self._refitted(by_key, {c.key for c in chosen})))
         for key, count in flushed.items():
             if count:
                 log.info("%s: %d denormal weights set to zero", key, count)
@@ -75,10 +80,19 @@ class Factor(Pass):
             raise self._error(choice, f"{got} of {choice.method}", f"1 to {_product(limit)}", "edit the plan")
 
     def _replacement(self, layer: Layer, choice: Choice) -> Replacement:
-        method = self.methods[choice.method]
-        cut = self.factorizations.get((layer.key, choice.method)) or method.factorize(layer.read())
+        method, fit = self.methods[choice.method], self.fits.get(layer.key)
         stamp = {"method": choice.method, "rank": _product(choice.rank), "plan": self.plan.digest}
-        return Replacement(layer, method.chain(layer.shape, choice.rank), cut.factors(choice.rank), stamp)
+        if fit is not None:
+            return Replacement(layer, method.chain(layer.shape, choice.rank), fit, stamp)
+        cut = self.factorizations.get((layer.key, choice.method)) or method.factorize(layer.read())
+        return Replacement(layer, method.chain(layer.shape, choice.rank), Fit(cut.factors(choice.rank)), stamp)
+
+    def _refitted(self, layers: Mapping[str, Layer], factored: Collection[str]) -> Iterator[Replacement]:
+        """Layers that keep their shape and get new weights."""
+        for key, fit in self.fits.items():
+            if key not in factored:
+                stamp = {"method": "refit", "plan": self.plan.digest}
+                yield Replacement(layers[key], Chain.unfactored(layers[key].shape), fit, stamp)
 
     def _error(self, choice: Choice, got: str, expected: str, do: str) -> InputError:
         return InputError(f"{got} for layer {choice.key!r} in the plan", expected, do)

@@ -18,6 +18,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 MODEL = Path("model.onnx")
 RNG = np.random.default_rng(0)
 SEPARATOR = "…"
+IMAGE = "P3 2 1 255 1 2 3 4 5 6\n"  # two pixels, as a PPM file in text
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,20 @@ def _samples(**arrays: NDArray[np.generic]) -> Callable[[], object]:
     return lambda: np.savez("data.npz", **arrays)  # pyright: ignore[reportArgumentType] - the stub takes allow_pickle for one
 
 
+def _folder(**files: NDArray[np.generic] | str) -> Callable[[], object]:
+    """The folder `data`: arrays as name.npy, texts as they are called, with the last underscore for the dot."""
+
+    def prepare() -> None:
+        Path("data").mkdir()
+        for name, content in files.items():
+            if isinstance(content, str):
+                Path("data", ".".join(name.rsplit("_", 1))).write_text(content)
+            else:
+                np.save(f"data/{name}.npy", content)
+
+    return prepare
+
+
 def _x(*shape: int) -> NDArray[np.float32]:
     return RNG.standard_normal(shape).astype(np.float32)
 
@@ -211,6 +226,17 @@ SETUPS: dict[str, Callable[[], object]] = {
     "too few samples": _samples(x=_x(1, 12)),
     "NaN samples": _samples(x=np.full((4, 12), np.nan, np.float32)),
     "label count": _samples(x=_x(4, 12), label=np.arange(3)),
+    "empty folder of data": _folder(),
+    "wrong shape in a folder": _folder(a=_x(12), b=_x(13)),
+    "text for an array in a folder": _folder(a_npy="text"),
+    "arrays beside images": _folder(a=_x(12), b_ppm=IMAGE),
+    "images as they come": _folder(a_ppm=IMAGE),
+    "images for a model that takes none": _folder(a_ppm=IMAGE),
+    "text for an image": _folder(a_ppm="text"),
+    "preprocessing beside images": _folder(a_ppm=IMAGE, preprocess_txt="std=0"),
+    "sources that name nothing": _samples(x=_x(4, 12), source=np.ones(4)),
+    "source count": _samples(x=_x(4, 12), source=np.arange(3)),
+    "error metric without classes": _model(lambda: conv_model([1, 4, 6, 6], [8, 4, 3, 3])),
     "no label": _samples(x=_x(4, 12)),
     "onto a symbolic link to itself": _linked(os.symlink),
     "onto a hard link to itself": _linked(os.link),

@@ -42,7 +42,7 @@ def model(
 
 
 def conv_model(
-    x: Sequence[int],
+    x: Sequence[int | str],
     weight: Sequence[int],
     *,
     bias: bool = True,

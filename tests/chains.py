@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 from onnx.reference import ReferenceEvaluator
 
-from onnx_lowrank.chain import Chain, Stage
+from onnx_lowrank.chain import Chain, Fit, Stage
 from onnx_lowrank.graph.layers import layers
 from onnx_lowrank.graph.model import Graph
-from onnx_lowrank.layer import Array, LayerShape
+from onnx_lowrank.layer import Array, Layer, LayerShape
 from onnx_lowrank.rewrite import Replacement, splice
 
 KINDS = ("output", "input", "both", "spatial")
@@ -48,11 +48,17 @@ def exact(kind: str, weight: Array) -> tuple[Chain, list[Array]]:
             return Chain(kind, (inner, full, outer), equation), [reduce, core, expand]
 
 
+def replacement(layer: Layer, kind: str, stamp: Mapping[str, str]) -> Replacement:
+    """The layer in place of an exact chain of itself."""
+    chain, factors = exact(kind, layer.read())
+    return Replacement(layer, chain, Fit(tuple(factors)), stamp)
+
+
 def rewritten(model: ModelProto, kind: str = "output") -> tuple[ModelProto, int]:
     """The model with every layer in place of an exact chain, and how many layers there were."""
     graph = Graph(model)
     found, _ = layers(graph)
-    splice(graph, [Replacement(layer, *exact(kind, layer.read()), {"method": kind}) for layer in found])
+    splice(graph, [replacement(layer, kind, {"method": kind}) for layer in found])
     return graph.to_proto(), len(found)
 
 

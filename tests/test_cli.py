@@ -17,8 +17,13 @@ from roads import network, perceptron, save, shared, weight_bearing
 
 from onnx_lowrank import cli
 from onnx_lowrank.cli import run
+from onnx_lowrank.cli_options import given
 from onnx_lowrank.display import phases_on
+from onnx_lowrank.errors import InputError
+from onnx_lowrank.goals import MaxDrop
 from onnx_lowrank.plan import Plan
+from onnx_lowrank.settings import Settings
+from onnx_lowrank.target import Target
 
 pytestmark = pytest.mark.usefixtures("quick")
 Captured = pytest.CaptureFixture[str]
@@ -195,6 +200,74 @@ def test_labels_are_scored(folder: Path, capsys: Captured) -> None:
     assert "top1 (6 samples)" in capsys.readouterr().out
 
 
+def test_samples_from_anywhere(folder: Path, capsys: Captured) -> None:
+    """The same samples as a file, a folder and a function make the same plan, but for what they are called."""
+    images = np.random.default_rng(0).standard_normal((6, 3, 16, 16)).astype(np.float32)
+    np.savez("data.npz", image=images)
+    Path("samples").mkdir()
+    for i, image in enumerate(images):
+        np.save(f"samples/{i}.npy", image)
+    Path("feeding_of_mine.py").write_text(
+        "import numpy as np\n"
+        "def feeds():\n"
+        "    yield from ({'image': image[None]} for image in np.load('data.npz')['image'])\n"
+    )
+    plans: list[Plan] = []
+    for source in ("data.npz", "samples", "feeding_of_mine:feeds"):
+        options = ["--calibration", source, "--keep-params", "0.5", "--threads", "1"]
+        assert run(["plan", "model.onnx", "-o", "plan.json", *options]) == 0
+        plans.append(Plan.read(folder / "plan.json"))
+        assert run(["apply", "model.onnx", "plan.json", "-o", "out.onnx", "--calibration", source]) == 0
+    assert plans[0].data_sha256 == plans[2].data_sha256 != plans[1].data_sha256
+    assert (
+        run(["apply", "model.onnx", "plan.json", "-o", "out.onnx", "--calibration", "data.npz", "--samples", "5"]) == 2
+    )
+    assert "for a plan made with data" in capsys.readouterr().err
+
+
+def test_the_options_reach_the_settings(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Settings] = []
+
+    def stop(*arguments: object, **_: object) -> None:
+        asked.extend(argument for argument in arguments if isinstance(argument, Settings))
+        raise InputError("enough", "no more", "stop")
+
+    monkeypatch.setattr("onnx_lowrank.pipeline.optimize", stop)
+    monkeypatch.setattr("onnx_lowrank.pipeline.plan", stop)
+    data = [
+        "--calibration",
+        "photos",
+        "--preprocess",
+        "crop=8",
+        "--samples",
+        "64",
+        "--no-refit",
+        "--error-metric",
+        "kl",
+    ]
+    goal = ["--max-drop", "0.01", "--eval", "mine:labelled", "--metric", "mse"]
+    for command in ("optimize", "plan"):
+        assert run([command, "model.onnx", "-o", "out.onnx", "--threads", "1", *data, *goal]) == 2
+    made = Settings(MaxDrop(0.01), Target(threads=1), "photos", "crop=8", 64, False, "mine:labelled", "mse", "kl")
+    assert asked == [made, made]
+
+
+def test_a_recipe_may_turn_the_refit_off(folder: Path) -> None:
+    Path("recipe.toml").write_text("refit = false\n")
+    assert given({"no_refit": False}, Path("recipe.toml")).refit is False
+    assert given({"no_refit": True}, None).refit is False
+    assert given({"no_refit": False}, None).refit is None
+
+
+def test_validate_in_another_metric(folder: Path, capsys: Captured) -> None:
+    assert optimize("--keep-params", "0.6") == 0
+    options = ["--max-error", "1e-9", "--error-metric", "kl"]
+    assert run(["validate", "model.onnx", "out.onnx", *options]) == 4
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: got kl error ")
+    assert "kl error " in captured.out
+
+
 def test_verbose_logs_on_standard_error(folder: Path, capsys: Captured) -> None:
     save(shared(), folder)
     assert (
@@ -211,6 +284,7 @@ def test_help(arguments: list[str], folder: Path, capsys: Captured) -> None:
     text = capsys.readouterr().out
     assert "Usage" in text
     if "optimize" in arguments:
+        assert all(option in text for option in ("--max-drop", "--preprocess", "--no-refit", "--error-metric"))
         assert all(option in text for option in ("--speedup", "--keep-macs", "--recipe", "--plan-out", "--bisect"))
 
 

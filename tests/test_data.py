@@ -34,7 +34,7 @@ def test_arrays_labels_and_length(path: Path) -> None:
     np.savez(path, x=x, label=labels)
     data = read_npz(path, [IMAGE])
     assert len(data) == 4
-    assert np.array_equal(data.arrays["x"], x)
+    assert np.array_equal(data.parts[0].arrays["x"], x)
     assert data.labels is not None
     assert np.array_equal(data.labels, labels)
 
@@ -43,27 +43,27 @@ def test_an_input_called_label_is_an_input(path: Path) -> None:
     np.savez(path, label=np.ones((2, 3), np.float32))
     data = read_npz(path, [TensorSpec("label", TensorProto.FLOAT, ("N", 3))])
     assert data.labels is None
-    assert list(data.arrays) == ["label"]
+    assert list(data.parts[0].arrays) == ["label"]
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int64, np.float16])
 def test_exact_casts_into_float32(path: Path, dtype: type) -> None:
     x = np.arange(60).reshape(1, 3, 4, 5).astype(dtype)
     np.savez(path, x=x)
-    read = read_npz(path, [IMAGE]).arrays["x"]
+    read = read_npz(path, [IMAGE]).parts[0].arrays["x"]
     assert read.dtype == np.float32
     assert np.array_equal(read, x)
 
 
 def test_int64_into_int32_where_the_values_fit(path: Path) -> None:
     np.savez(path, ids=np.array([[1, 2]]))
-    assert read_npz(path, [TensorSpec("ids", TensorProto.INT32, ("N", "S"))]).arrays["ids"].dtype == np.int32
+    assert read_npz(path, [TensorSpec("ids", TensorProto.INT32, ("N", "S"))]).parts[0].arrays["ids"].dtype == np.int32
 
 
 def test_bfloat16_inputs_are_rounded_from_float32(path: Path) -> None:
     spec = TensorSpec("x", TensorProto.BFLOAT16, ("N", 2))
     np.savez(path, x=np.array([[1.0, 3.0]], np.float32))
-    assert read_npz(path, [spec]).arrays["x"].dtype == spec.dtype
+    assert read_npz(path, [spec]).parts[0].arrays["x"].dtype == spec.dtype
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,8 @@ def test_bfloat16_inputs_are_rounded_from_float32(path: Path) -> None:
         (
             {"x": images(), "y": images(), "z": images()},
             IMAGE,
-            "unknown arrays 'y', 'z' in {p}; expected the inputs 'x' and optionally 'label'; rename or remove them",
+            "unknown arrays 'y', 'z' in {p}; expected the inputs 'x' and optionally 'label', 'source'; "
+            "rename or remove them",
         ),
         (
             {"x": images().astype(np.float64)},
@@ -223,12 +224,20 @@ def test_split_is_a_partition_in_whole_batches(
     np.savez(path, x=np.arange(count * batch, dtype=np.float32)[:, None], label=np.arange(count * batch))
     data = read_npz(path, [TensorSpec("x", TensorProto.FLOAT, (batch, 1))])
     rest, held = data.split(fraction, seed)
-    assert sorted([*rest.arrays["x"].ravel(), *held.arrays["x"].ravel()]) == list(range(count * batch))
+    assert sorted([*rest.parts[0].arrays["x"].ravel(), *held.parts[0].arrays["x"].ravel()]) == list(
+        range(count * batch)
+    )
     assert len(held) % batch == 0
     assert min(len(held), len(rest)) >= batch
     assert held.labels is not None
-    assert np.array_equal(held.arrays["x"].ravel(), held.labels)
+    assert np.array_equal(held.parts[0].arrays["x"].ravel(), held.labels)
     assert held.sha256 == data.split(fraction, seed)[1].sha256
+
+
+def test_an_input_called_source_is_an_input(path: Path) -> None:
+    np.savez(path, source=np.ones((2, 3), np.float32))
+    data = read_npz(path, [TensorSpec("source", TensorProto.FLOAT, ("N", 3))])
+    assert (data.sources, list(data.parts[0].arrays)) == (None, ["source"])
 
 
 def test_one_sample_cannot_be_split(path: Path) -> None:

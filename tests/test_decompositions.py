@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import ModelProto, numpy_helper
 
+from onnx_lowrank.chain import Fit
 from onnx_lowrank.decomposition import Decomposition, Rank
 from onnx_lowrank.graph.check import inferred_shapes
 from onnx_lowrank.graph.layers import layers, shapes_as_trace
@@ -137,7 +138,7 @@ def test_one_layer(method: Decomposition, case: Case, data: st.DataObject) -> No
         assert error < 1e-5
         assert made.error(rank) < 1e-5
 
-    splice(graph, [Replacement(layer, chain, factors, {})])
+    splice(graph, [Replacement(layer, chain, Fit(tuple(factors)), {})])
     written = graph.to_proto()
     assert counted(written, case.x) == (chain.params, chain.macs(layer))
     feeds = {"x": RNG.standard_normal(case.x).astype(np.float32)}

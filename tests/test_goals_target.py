@@ -11,7 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onnx_lowrank.errors import InputError
-from onnx_lowrank.goals import DEFAULT_GOAL, GOALS, Goal, KeepMacs, KeepParams, LatencyMs, MaxError, Speedup, one_goal
+from onnx_lowrank.goals import (
+    DEFAULT_GOAL,
+    GOALS,
+    Goal,
+    KeepMacs,
+    KeepParams,
+    LatencyMs,
+    MaxDrop,
+    MaxError,
+    Speedup,
+    one_goal,
+)
 from onnx_lowrank.plan import PassSpec
 from onnx_lowrank.recipe import Recipe
 from onnx_lowrank.request import merged, settings_of
@@ -27,6 +38,7 @@ from onnx_lowrank.target import InputShapes, Target, parse_shapes
         (LatencyMs, 0.0, "got --latency-ms 0; expected a number above 0; give another value"),
         (LatencyMs, -3.0, "got --latency-ms -3; expected a number above 0; give another value"),
         (MaxError, math.nan, "got --max-error nan; expected a number above 0; give another value"),
+        (MaxDrop, 0.0, "got --max-drop 0; expected a number above 0; give another value"),
         (KeepMacs, 1.5, "got --keep-macs 1.5; expected a number above 0, at most 1; give another value"),
         (KeepParams, 0.0, "got --keep-params 0; expected a number above 0, at most 1; give another value"),
     ],
@@ -43,6 +55,7 @@ def test_a_goal_out_of_range(goal: type[Goal], value: float, message: str) -> No
         (Speedup(2), "speedup 2x"),
         (LatencyMs(3.5), "latency-ms 3.5 ms"),
         (MaxError(0.01), "max-error 0.01"),
+        (MaxDrop(0.02), "max-drop 0.02"),
         (KeepMacs(1.0), "keep-macs 1"),
         (KeepParams(0.25), "keep-params 0.25"),
     ],
@@ -144,6 +157,10 @@ def test_settings_take_every_option() -> None:
         calibration=Path("c.npz"),
         eval=Path("e.npz"),
         metric="mse",
+        preprocess="crop=8",
+        samples=16,
+        refit=False,
+        error_metric="kl",
         provider="cpu",
         threads=2,
         shape=("x=1x2",),
@@ -162,9 +179,9 @@ def test_settings_take_every_option() -> None:
     options = {"arena": "1", "mode": "a=b"}
     target = Target("cpu", 2, shapes=parse_shapes(["x=1x2"]), provider_options=options, allow_fallback=True)
     passes = (PassSpec("svd"),)
-    files = (Path("c.npz"), Path("e.npz"))
+    data = (Path("c.npz"), "crop=8", 16, False, Path("e.npz"), "mse", "kl")
     assert made == Settings(
-        KeepMacs(0.5), target, *files, "mse", passes, "energy", "factorable", ("a*",), ("b",), 3, 5.0, 10, bisect=True
+        KeepMacs(0.5), target, *data, passes, "energy", "factorable", ("a*",), ("b",), 3, 5.0, 10, bisect=True
     )
 
 
@@ -180,6 +197,20 @@ def test_settings_take_every_option() -> None:
         (
             Recipe(time_limit=math.nan),
             "got --time-limit nan; expected a positive number of seconds; give another number",
+        ),
+        (Recipe(samples=0), "got --samples 0; expected at least 1; give another number"),
+        (
+            Recipe(error_metric="l1"),
+            "got --error-metric l1; expected one of relative, cosine, kl, top1, worst; name one of these",
+        ),
+        (
+            Recipe(preprocess="blur=2"),
+            "got --preprocess with 'blur=2'; expected name=value of resize, crop, channels, scale, mean, std, layout; "
+            "correct it",
+        ),
+        (
+            Recipe(max_drop=0.01),
+            "got --max-drop 0.01 without --eval; expected labelled samples to measure the drop on; give --eval",
         ),
         (Recipe(memory_limit=0), "got --memory-limit 0; expected a positive number of bytes; give another number"),
     ],

@@ -118,6 +118,23 @@ KEPT = {
 }
 
 
+@pytest.mark.parametrize(
+    ("dtype", "most", "kind"),
+    [(np.float16, 250, None), (np.float16, 260, "float16"), (np.float32, 1e19, None), (np.float32, 2e19, "float"),
+     (np.float64, 1e150, None), (np.float64, 1e154, "double")],
+)  # fmt: skip
+def test_weights_whose_squares_overflow_are_kept(dtype, most: float, kind: str | None) -> None:
+    proto = product_model("MatMul", (4, 4), (4, 4))
+    weight = np.ones((4, 4), dtype)
+    weight[1, 2] = -most
+    proto.graph.initializer[0].CopyFrom(numpy_helper.from_array(weight, proto.graph.initializer[0].name))
+    found, kept = layers(Graph(proto))
+    assert len(found) == (kind is None)
+    assert [entry.reason for entry in kept] == (
+        [f"its weights reach {float(dtype(most)):.3g}: squares of such numbers overflow in {kind}"] if kind else []
+    )
+
+
 @pytest.mark.parametrize("expected", KEPT)
 def test_nodes_kept_for_what_they_hold(expected) -> None:
     assert reason(KEPT[expected]) == expected

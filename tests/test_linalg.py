@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from onnx_lowrank.linalg import Spectrum, leading_subspace, spectrum
+from onnx_lowrank.linalg import NestedFit, Spectrum, leading_subspace, spectrum, whitened_rows
 
 Matrix = NDArray[np.float64]
 
@@ -110,3 +112,62 @@ def test_leading_subspace(shape: tuple[int, int]) -> None:
     np.testing.assert_allclose(basis @ basis.T, u[:, :3] @ u[:, :3].T, atol=1e-8)
     np.testing.assert_allclose(values[: min(shape)], sigma, atol=1e-7)
     assert len(values) == shape[0]
+
+
+def moment(size: int, seed: int, condition: float) -> Matrix:
+    """A positive definite matrix."""
+    half = decaying(1, size, size, seed, math.sqrt(condition))[0]
+    return half @ half.T
+
+
+@given(st.integers(1, 10), st.integers(1, 10), st.integers(0, 99))
+@settings(deadline=None, max_examples=25)
+def test_whitened_rows_span_the_best_row_spaces(rows: int, columns: int, seed: int) -> None:
+    """Against numpy's SVD of M C with H = C C^T, in the metric H."""
+    matrix, covariance = decaying(1, rows, columns, seed)[0], moment(columns, seed + 1, 1e4)
+    half, most = np.linalg.cholesky(covariance), min(rows, columns)
+    found, values = whitened_rows(matrix, covariance, most)
+    sigma = np.linalg.svd(matrix @ half, compute_uv=False)
+    np.testing.assert_allclose(values, sigma, atol=1e-7 * sigma[0])
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1)
+    for rank in range(1, most + 1):
+        span = np.linalg.qr((found[:rank] @ half).T)[0]
+        left = (matrix @ half) - (matrix @ half @ span) @ span.T
+        assert np.linalg.norm(left) == pytest.approx(np.linalg.norm(sigma[rank:]), abs=1e-6 * sigma[0])
+
+
+def test_whitened_rows_of_singular_matrices() -> None:
+    covariance = np.diag([1.0, 0.0, 2.0, 0.0])
+    for rows in (2, 6):
+        matrix = np.random.default_rng(0).standard_normal((rows, 4))
+        found, values = whitened_rows(matrix, covariance, min(rows, 4))
+        assert np.isfinite(found).all()
+        assert np.count_nonzero(values > 1e-6) == 2
+    assert not whitened_rows(np.zeros((3, 4)), covariance, 3)[0].any()
+
+
+@given(st.integers(1, 600), st.integers(1, 3), st.integers(0, 9))
+@settings(deadline=None, max_examples=8)
+def test_nested_fit_solves_every_leading_block(size: int, outputs: int, seed: int) -> None:
+    gram, cross = moment(size, seed, 1e3), np.random.default_rng(seed).standard_normal((size, outputs))
+    fit = NestedFit(gram, cross)
+    explained = np.square(fit.explained).sum(axis=1).cumsum()
+    for count in {1, size // 2 + 1, size}:
+        best = np.linalg.solve(gram[:count, :count], cross[:count])
+        np.testing.assert_allclose(fit.solve(count), best, atol=1e-6 * np.abs(best).max())
+        assert explained[count - 1] == pytest.approx(np.vdot(best, cross[:count]), rel=1e-6)
+
+
+def test_nested_fit_of_dependent_and_dead_features_stays_small() -> None:
+    features = np.random.default_rng(1).standard_normal((40, 3))[:, [0, 1, 0, 2, 1]] * [1, 1, 1e6, 0, 1]
+    target = features[:, :2] @ [[2.0], [3.0]]
+    fit = NestedFit(features.T @ features, features.T @ target)
+    solution = fit.solve(5)
+    np.testing.assert_allclose(features @ solution, target, atol=1e-4)
+    assert np.abs(solution).max() < 10
+    assert solution[3] == 0
+
+
+def test_nested_fit_refuses_what_is_no_second_moment() -> None:
+    with pytest.raises(np.linalg.LinAlgError):
+        NestedFit(np.array([[1.0, 1e9], [1e9, 1.0]]), np.ones((2, 1)))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -25,8 +29,8 @@ from onnx_lowrank.metrics import (
 RNG = np.random.default_rng(0)
 
 
-def one(reference: np.ndarray, candidate: np.ndarray, name: str = "y", **options: list[str]) -> OutputFidelity:
-    meter = FidelityMeter(**options)
+def one(reference: np.ndarray, candidate: np.ndarray, name: str = "y", logits: Sequence[str] = ()) -> OutputFidelity:
+    meter = FidelityMeter(logits)
     meter.update({name: reference}, {name: candidate}, len(reference) if reference.ndim else 1)
     return meter.result()[0]
 
@@ -61,14 +65,75 @@ def test_mse_and_cosine_are_better_when_higher() -> None:
 )
 def test_labels_that_do_not_fit(name: str, labels: np.ndarray, text: str) -> None:
     with pytest.raises(InputError) as caught:
-        metric_named(name)(np.ones((2, 3)), labels)
+        metric_named(name)({"y": np.ones((2, 3))}, labels)
     assert text in str(caught.value)
 
 
 def test_unknown_metric() -> None:
     with pytest.raises(InputError) as caught:
         metric_named("f1")
-    assert str(caught.value) == "got --metric f1; expected one of top1, top5, mse, cosine; name one of these"
+    assert (
+        str(caught.value)
+        == "got --metric f1; expected one of top1, top5, mse, cosine, or module:function; name one of these"
+    )
+
+
+def test_the_output_that_is_scored() -> None:
+    outputs = {"a": np.array([[0.0, 1.0]]), "b": np.array([[1.0, 0.0]])}
+    assert metric_named("top1")(outputs, np.array([1])).tolist() == [1]
+    assert metric_named("top1", "b")(outputs, np.array([1])).tolist() == [0]
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Writes the module `mine` into the working folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    return lambda text: void(Path("mine.py").write_text("import numpy as np\n" + text))
+
+
+def void(_: object) -> None:
+    """Drop a value."""
+
+
+def test_a_metric_of_the_users_own(module: Callable[[str], None]) -> None:
+    module("def score(outputs, labels): return (outputs['b'].sum(1) > 0) == (labels == 'yes')")
+    outputs = {"a": np.zeros((3, 2)), "b": np.array([[1.0], [-1.0], [2.0]])}
+    scores = metric_named("mine:score")(outputs, np.array(["yes", "yes", "no"]))
+    assert (scores.dtype, scores.tolist()) == (np.float64, [1, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        (
+            "return outputs['z']",
+            "--metric mine:score, which failed (KeyError: 'z'); expected a function of (outputs, labels); mend it",
+        ),
+        (
+            "return 1.0",
+            "scores float64 () of --metric mine:score for 2 samples; expected numbers (2,); return one per sample",
+        ),
+        (
+            "return np.ones((2, 1))",
+            "scores float64 (2, 1) of --metric mine:score for 2 samples; expected numbers (2,); return one per sample",
+        ),
+        (
+            "return ['a', 'b']",
+            "scores <U1 (2,) of --metric mine:score for 2 samples; expected numbers (2,); return one per sample",
+        ),
+        (
+            "return [1.0, np.nan]",
+            "1 NaN or infinite scores of --metric mine:score; expected finite numbers; mend the function",
+        ),
+    ],
+)
+def test_what_a_metric_may_not_return(module: Callable[[str], None], body: str, text: str) -> None:
+    module(f"def score(outputs, labels): {body}")
+    with pytest.raises(InputError) as caught:
+        metric_named("mine:score")({"y": np.ones((2, 3))}, np.arange(2))
+    assert str(caught.value) == f"got {text}"
 
 
 @given(st.integers(1, 500), st.floats(0, 1))
@@ -138,12 +203,12 @@ def test_probabilities_get_kl_and_agreement() -> None:
     assert found.top1_agreement == np.mean(p.argmax(1) == q.argmax(1))
 
 
-@pytest.mark.parametrize(("name", "options"), [("logits", {}), ("y", {"logits": ["y"]})])
-def test_logits_are_known_by_name_or_by_the_caller(name: str, options: dict[str, list[str]]) -> None:
+@pytest.mark.parametrize(("name", "logits"), [("logits", []), ("y", ["y"])])
+def test_logits_are_known_by_name_or_by_the_caller(name: str, logits: list[str]) -> None:
     reference = RNG.standard_normal((8, 5))
     candidate = reference + 0.1
     candidate[:, 0] += 1
-    found = one(reference, candidate, name, **options)
+    found = one(reference, candidate, name, logits)
     expected = stats.entropy(special.softmax(reference, axis=1), special.softmax(candidate, axis=1), axis=1).mean()
     assert found.kind == "logits"
     assert found.kl == pytest.approx(expected)

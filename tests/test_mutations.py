@@ -33,7 +33,10 @@ def hang_and_crash(path: Path) -> str:
     """A job with the faults the harness must notice."""
     match path.read_bytes():
         case b"hang":
-            time.sleep(60)
+            while True:
+                pass
+        case b"wait":
+            time.sleep(600)
         case b"crash":
             os.abort()
         case b"raise":
@@ -50,4 +53,5 @@ def test_harness_notices_crashes_and_exceptions() -> None:
 
 @pytest.mark.slow
 def test_harness_notices_hangs() -> None:
-    assert list(survive([b"hang", b""], hang_and_crash)) == ["hangs", "accepted"]
+    ends = list(survive([b"hang", b"", b"wait", b""], hang_and_crash))
+    assert ends == ["hangs", "accepted", "hangs", "accepted"]

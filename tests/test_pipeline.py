@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import re
+import signal
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 from builders import run_model, worst_error
+from onnx import ModelProto, numpy_helper
 from roads import (
     Ride,
     macs,
     network,
+    node,
     on_one_thread,
     parameter_count,
     perceptron,
@@ -22,12 +27,13 @@ from roads import (
     weight_bearing,
 )
 
-from onnx_lowrank.errors import InputError
+from onnx_lowrank.errors import InputError, InvalidResultError
 from onnx_lowrank.goals import KeepMacs, KeepParams, LatencyMs, MaxError, Speedup
-from onnx_lowrank.pipeline import apply, optimize, plan
+from onnx_lowrank.pipeline import apply, optimize, plan, publish
 from onnx_lowrank.plan import PassSpec, Plan
 from onnx_lowrank.report.model import Report
 from onnx_lowrank.signature import signature_of
+from onnx_lowrank.target import InputShapes
 
 pytestmark = pytest.mark.usefixtures("quick")
 IMAGES = {"image": np.random.default_rng(0).standard_normal((3, 3, 16, 16)).astype(np.float32)}
@@ -251,3 +257,75 @@ def test_outputs_that_would_destroy_something_are_refused(tmp_path: Path) -> Non
 def test_a_time_limit_still_ends_with_a_model(tmp_path: Path) -> None:
     made = ride(network(), tmp_path, on_one_thread(Speedup(1.5), time_limit=0.01))
     onnx.checker.check_model(str(made.out), full_check=True)
+
+
+def overflowing() -> ModelProto:
+    """Means of numbers near the largest float32: finite, but their singular direction sums them up before it weighs."""
+    proto = perceptron()
+    for tensor in proto.graph.initializer:
+        mean = 0.5 / 128 + 0.01 * numpy_helper.to_array(tensor) / 128
+        tensor.CopyFrom(numpy_helper.from_array(mean, tensor.name))
+    proto.graph.initializer.append(numpy_helper.from_array(np.array(3e38, np.float32), "loud"))
+    proto.graph.node[0].input[0] = "h0"
+    proto.graph.node.insert(0, node("Clip", "x loud loud", "h0"))
+    return proto
+
+
+def test_what_overflows_when_factorized_is_kept(tmp_path: Path) -> None:
+    made = ride(overflowing(), tmp_path, on_one_thread(KeepParams(0.5)))
+    assert made.report.factorized == 0
+    assert all(choice.keeps for choice in made.plan.layers)
+    assert not made.report.goal.reached
+    why = r"; factorized, \d+ NaN or infinite values in output 'y' of out.onnx: every layer is kept"
+    assert re.search(why, made.report.goal.reason)
+    x = {"x": np.ones((2, 128), np.float32)}
+    expected, got = (run_model(onnx.load(path), x) for path in (made.source, made.out))
+    assert np.array_equal(expected[0], got[0])
+
+
+def test_apply_writes_nothing_that_gives_new_infinities(tmp_path: Path) -> None:
+    source = save(overflowing(), tmp_path)
+    quiet = save(perceptron(), tmp_path, "quiet.onnx")
+    made = plan(quiet, on_one_thread(KeepParams(0.5))).best.plan
+    with pytest.raises(InvalidResultError, match=r"got \d+ NaN or infinite values in output 'y' of out.onnx; expected"):
+        apply(source, made, tmp_path / "out.onnx", force=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "quiet.onnx"}
+
+
+def test_apply_says_when_the_original_does_not_run_on_drawn_inputs(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    proto = perceptron()
+    proto.graph.initializer.append(numpy_helper.from_array(np.array([7, 128]), "rows"))
+    proto.graph.node[0].input[0] = "seven"
+    proto.graph.node.insert(0, node("Reshape", "x rows", "seven"))
+    source = save(proto, tmp_path)
+    made = plan(source, on_one_thread(KeepParams(0.5), shapes=[InputShapes({"x": (7, 128)})])).best.plan
+    apply(source, made, tmp_path / "out.onnx")
+    assert "the result was not run: the original gives no outputs either" in caplog.text
+    assert (tmp_path / "out.onnx").exists()
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_publishing_is_not_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, external: bool) -> None:
+    """The signal comes between the moves: all files are moved before it is heeded."""
+    heeded: list[tuple[int, set[str]]] = []
+
+    def heed(number: int) -> None:
+        heeded.append((number, {path.name for path in tmp_path.iterdir()}))
+
+    monkeypatch.setattr(signal, "raise_signal", heed)
+    staged = tmp_path / "staged"
+    staged.mkdir()
+    names = ["out.onnx", "out.onnx.data"] if external else ["out.onnx"]
+    for name in names:
+        (staged / name).write_bytes(b"new")
+    move = Path.replace
+
+    def interrupted(self: Path, target: Path) -> Path:
+        os.kill(os.getpid(), signal.SIGINT)
+        return move(self, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    publish(staged / "out.onnx", tmp_path / "out.onnx")
+    assert heeded == [(signal.SIGINT, {*names, "staged"})]

@@ -16,7 +16,7 @@ from onnx_lowrank.attribution import RUNTIME, attribute, name_nodes
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.kernel_trace import KernelEvent
 from onnx_lowrank.profile import profile, render
-from onnx_lowrank.target import Target
+from onnx_lowrank.target import InputShapes, Target
 
 
 def network(named: bool = True) -> ModelProto:
@@ -104,6 +104,28 @@ def test_rendered_table_says_what_was_compared(tmp_path: Path):
     assert text.count("a.onnx") == 4
     assert "1.00x [1.00, 1.00]" in text
     assert "synthetic" not in text
+
+
+def test_every_set_of_shapes_is_profiled(tmp_path: Path):
+    paths = [tmp_path / "a.onnx", tmp_path / "b.onnx"]
+    for path in paths:
+        onnx.save(network(), path)
+    small, large = (1, 32, 16, 16), (8, 32, 16, 16)
+    target = Target(threads=1, shapes=(InputShapes({"x": small}, 0.9), InputShapes({"x": large}, 0.1)))
+    result = profile(paths, target, budget_s=0.2)
+    assert [(Path(m.path).name, m.shapes["x"]) for m in result.models] == [
+        ("a.onnx", small),
+        ("b.onnx", small),
+        ("a.onnx", large),
+        ("b.onnx", large),
+    ]
+    assert len({(m.path, m.level) for m in result.models}) == 2
+    assert [m.ratio for m in result.models[::2]] == [1.0, 1.0]
+    console = Console(width=160)
+    with console.capture() as captured:
+        render(result, console)
+    assert captured.get().count("x=8x32x16x16") == 4
+    assert "cpu clock" in captured.get()
 
 
 def test_nothing_to_profile():

@@ -58,6 +58,13 @@ def test_a_recipe_is_read(tmp_path: Path) -> None:
     )
 
 
+def test_functions_of_the_users_are_no_paths(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_text('calibration = "data:feeds"\neval = "photos"\nrefit = false\nsamples = 64\nmetric = "data:score"\n')
+    expected = Recipe(calibration="data:feeds", eval=tmp_path / "photos", refit=False, samples=64, metric="data:score")
+    assert read_recipe(file) == expected
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

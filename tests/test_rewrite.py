@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from builders import RNG, conv_model, model, product_model, value
-from chains import KINDS, exact, outputs, reference, relative_error, rewritten
+from chains import KINDS, exact, outputs, reference, relative_error, replacement, rewritten
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import ModelProto, TensorProto, helper, numpy_helper
@@ -18,7 +18,7 @@ from onnx_lowrank.chain import Chain
 from onnx_lowrank.graph.layers import layers, shapes_as_trace
 from onnx_lowrank.graph.model import Graph
 from onnx_lowrank.layer import LayerShape
-from onnx_lowrank.rewrite import Replacement, chain_model, flushed, splice
+from onnx_lowrank.rewrite import chain_model, flushed, splice
 
 LIMIT = 1e-5
 
@@ -219,7 +219,7 @@ def test_names_and_stamp(ir_version) -> None:
         original.graph.node[0].metadata_props.add(key="from", value="torch")
     graph = Graph(original)
     layer = layers(graph)[0][0]
-    splice(graph, [Replacement(layer, *exact("output", layer.read()), {"method": "svd", "rank": "4"})])
+    splice(graph, [replacement(layer, "output", {"method": "svd", "rank": "4"})])
     result = graph.to_proto()
     assert [node.name for node in result.graph.node] == ["conv/output_0", "conv/output_1"]
     assert [tensor.name for tensor in result.graph.initializer] == [

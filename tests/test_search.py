@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,41 +16,53 @@ from onnx import TensorProto
 from roads import bodies, low_rank, network, node, on_one_thread, perceptron, save, shared, weight_bearing
 
 from onnx_lowrank.allocators import knapsack
+from onnx_lowrank.candidates import Grid
 from onnx_lowrank.data import read_npz
 from onnx_lowrank.errors import InputError, LowRankError
 from onnx_lowrank.goals import Goal, KeepMacs, LatencyMs, Speedup
 from onnx_lowrank.graph import io
 from onnx_lowrank.graph.model import Graph
+from onnx_lowrank.layer import Layer
 from onnx_lowrank.passes.decompose import decompositions
 from onnx_lowrank.passes.normalize import DEFAULT_NORMALIZE, MEASURED_NORMALIZE
 from onnx_lowrank.plan import Choice, Plan
 from onnx_lowrank.progress import Phases
 from onnx_lowrank.search.analysis import Analysis, analyse, read_source
-from onnx_lowrank.search.loop import ERROR_PROBES, _bisection, same
-from onnx_lowrank.search.prediction import Prediction
+from onnx_lowrank.search.loop import same
+from onnx_lowrank.search.prediction import size_problem
 from onnx_lowrank.search.racer import Contestant, Racer
 from onnx_lowrank.search.survey import make_samples, normalize, survey
+from onnx_lowrank.search.trail import CLOSE, SMALLEST, Trail
 from onnx_lowrank.target import InputShapes, Target
 
 pytestmark = pytest.mark.usefixtures("quick")
 METHODS = tuple(decompositions().values())
 ONE = Target(threads=1)
-BLOCKS = {"conv": 4, "matmul": 4}
+
+
+def grid(_layer: Layer) -> Grid:
+    return Grid.of_machine(4)
 
 
 @settings(deadline=None)
-@given(st.floats(0, 1), st.floats(0, 2))
-def test_bisection_ends_close_to_the_last_good_place(limit: float, low: float) -> None:
-    high = 3.0
-    seen: list[float] = []
-    for at in _bisection(low, high, lambda: bool(seen) and seen[-1] >= limit):
-        seen.append(at)  # noqa: PERF402 - the generator looks at what it has yielded
-    if low >= limit:
-        assert seen == [low]
-    else:
-        assert len(seen) == ERROR_PROBES
-        good = [at for at in seen if at >= limit]
-        assert not good or min(good) - limit <= (high - low) / 2 ** (len(seen) - 1) + 1e-12
+@given(st.floats(-8, 2), st.floats(0.5, 4), st.floats(-4, 0))
+def test_trail_ends_close_below_the_limit(scale: float, order: float, limit: float) -> None:
+    """Whatever power of the loss the error is, a few steps bracket the largest loss within the limit."""
+    trail, good, bad = Trail(10**limit), 0.0, math.inf
+    for _ in range(60):
+        loss = trail.loss
+        error = 10**scale * loss ** (1 / order)
+        good, bad = (loss, bad) if error <= 10**limit else (good, loss)
+        if not trail.learn(loss, error):
+            break
+    assert bad <= CLOSE * good or trail.loss <= SMALLEST
+
+
+def test_trail_takes_a_choice_below_what_was_asked_for_as_good_up_to_there() -> None:
+    trail = Trail(0.1)
+    asked = trail.loss
+    assert trail.learn(asked / 10, 0.01)
+    assert trail.loss >= 2 * asked
 
 
 def test_samples_take_the_shapes_of_the_target_or_of_the_data(tmp_path: Path) -> None:
@@ -168,7 +181,7 @@ def test_a_realised_plan_leaves_the_graph_as_it_was(tmp_path: Path) -> None:
 def found_problem(found: Analysis):
     rows = [r for r in found.rows if r.factorable]
     total, inside = found.ready.survey.macs, sum(r.layer.macs for r in rows)
-    return Prediction(rows, 1.0).problem("macs", 0.5 * total - (total - inside))
+    return size_problem(rows, KeepMacs(0.5), total, inside)
 
 
 def test_a_broken_plan_leaves_the_graph_as_it_was(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from roads import network
 
-from onnx_lowrank.candidates import Candidate
+from onnx_lowrank.candidates import Candidate, Grid
 from onnx_lowrank.chain import Chain
+from onnx_lowrank.goals import KeepParams
 from onnx_lowrank.graph.check import inferred_shapes
 from onnx_lowrank.graph.layers import layers, shapes_as_trace
 from onnx_lowrank.graph.model import Graph
@@ -22,14 +23,17 @@ from onnx_lowrank.latency.table import LatencyTable
 from onnx_lowrank.layer import Layer
 from onnx_lowrank.passes.decompose import decompositions
 from onnx_lowrank.search.factorizations import FactorizationCache
-from onnx_lowrank.search.prediction import KAPPA_RANGE, Prediction
+from onnx_lowrank.search.prediction import KAPPA_RANGE, Prediction, size_problem
 from onnx_lowrank.search.table import Row, price, tabulate
 from onnx_lowrank.target import Target
 
 pytestmark = pytest.mark.usefixtures("quick")
 METHODS = tuple(decompositions().values())
 ONE = Target(threads=1)
-BLOCKS = {"conv": 4, "matmul": 4}
+
+
+def grid(_layer: Layer) -> Grid:
+    return Grid.of_machine(4)
 
 
 def silent(done: int, total: int) -> None: ...
@@ -85,7 +89,7 @@ def test_a_choice_within_the_budget_is_predicted_within_what_was_wanted(
     two: tuple[Layer, Layer], a: list[float], b: list[float], kappa: float, wanted: float
 ) -> None:
     prediction = Prediction([row(two[0], a), row(two[1], b)], a[0] + b[0] + 5, kappa)
-    problem = prediction.problem("ms", wanted)
+    problem = prediction.problem(wanted)
     for options in problem.layers:
         assert options[0].chain is None
         assert all(option.cost("ms") < options[0].cost("ms") for option in options[1:])
@@ -98,13 +102,13 @@ def test_a_choice_within_the_budget_is_predicted_within_what_was_wanted(
 def test_goals_of_size_see_every_option(two: tuple[Layer, Layer]) -> None:
     slow = row(two[0], [1.0, 5.0, 6.0])
     alone = Row(two[1], (row(two[1], [1.0]).keep,), {"svd": "refused"})
-    problem = Prediction([slow, alone], 3.0).problem("params", 7.0)
+    problem = size_problem([slow, alone], KeepParams(0.5), 16.0, 15.0)
     assert problem.layers == (slow.options,)
     assert problem.budget == 7.0
 
 
 def test_exact_chains_stay_although_they_are_slower(two: tuple[Layer, Layer]) -> None:
-    problem = Prediction([row(two[0], [1.0, 5.0], exact=True)], 3.0).problem("ms", 0.0)
+    problem = Prediction([row(two[0], [1.0, 5.0], exact=True)], 3.0).problem(0.0)
     assert [option.exact for option in problem.layers[0]] == [False, True]
 
 
@@ -112,7 +116,7 @@ def test_the_table_holds_what_each_layer_could_become(tmp_path: Path) -> None:
     found = network_layers()
     told: list[tuple[int, int]] = []
     cache = FactorizationCache(1 << 30, tmp_path)
-    rows = tabulate(found, METHODS, BLOCKS, cache, lambda done, total: told.append((done, total)))
+    rows = tabulate(found, METHODS, grid, cache, lambda done, total: told.append((done, total)))
     assert [r.layer for r in rows] == found
     assert told == [(i + 1, len(found)) for i in range(len(found))]
     by_name = {r.layer.key: r for r in rows}
@@ -130,7 +134,7 @@ def test_the_table_holds_what_each_layer_could_become(tmp_path: Path) -> None:
 
 
 def test_exact_ranks_only(tmp_path: Path) -> None:
-    rows = tabulate(network_layers(), METHODS, BLOCKS, FactorizationCache(1 << 30, tmp_path), silent, exact_only=True)
+    rows = tabulate(network_layers(), METHODS, grid, FactorizationCache(1 << 30, tmp_path), silent, exact_only=True)
     assert all(option.exact for r in rows for option in r.options[1:])
     assert all(r.factorable for r in rows)
 
@@ -150,7 +154,7 @@ def test_factorizations_beyond_the_limit_are_spilled_and_read_back(tmp_path: Pat
 
 def test_prices_are_measured_once_and_remembered(tmp_path: Path) -> None:
     found = network_layers()[2:]
-    rows = tabulate(found, (decompositions()["svd"],), BLOCKS, FactorizationCache(1 << 30, tmp_path), silent)
+    rows = tabulate(found, (decompositions()["svd"],), grid, FactorizationCache(1 << 30, tmp_path), silent)
     with LatencyTable(tmp_path / "t.sqlite") as table:
         timer = ChainTimer(ONE, table)
         priced = price(rows, timer, silent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from rich.console import Console
 
 from onnx_lowrank.accuracy import evaluate
-from onnx_lowrank.data import read_npz
+from onnx_lowrank.data import read_npz, read_samples
 from onnx_lowrank.errors import InputError, InvalidResultError
 from onnx_lowrank.signature import signature_of
 from onnx_lowrank.target import InputShapes, Target
@@ -60,7 +61,7 @@ def test_the_error_on_given_data_is_that_of_numpy(original: Path, tmp_path: Path
     optimized = save(tmp_path, "b.onnx", classifier(other))
     data = read_npz(samples(tmp_path), signature_of(classifier()).inputs)
     found = compare(original, optimized, TARGET, data)
-    x = data.arrays["x"].astype(np.float64)
+    x = data.parts[0].arrays["x"].astype(np.float64)
     expected = np.linalg.norm(x @ (other - WEIGHT)) / np.linalg.norm(x @ WEIGHT)
     assert (found.data, found.samples) == ("held-out", 9)
     assert found.outputs[1].relative == pytest.approx(expected, rel=1e-4)
@@ -172,6 +173,55 @@ def test_accuracy_sample_by_sample(original: Path, tmp_path: Path) -> None:
     assert evaluate(original, data, "top1", TARGET, output="logits", batch=4).tolist() == [1.0] * 9
     wrong = save(tmp_path, "b.onnx", classifier(-WEIGHT))
     assert evaluate(wrong, data, "top1", TARGET).sum() == 0
+
+
+def lengths(folder: Path) -> tuple[Path, Path]:
+    """A model of an open batch and length, (N, T) -> (N, T) after scaling, and a folder of samples for it."""
+    proto = model(
+        [helper.make_node("Mul", ["x", "w"], ["y"])],
+        [value("x", ["N", "T"])],
+        [value("y", ["N", "T"])],
+        {"w": np.array([2.0], np.float32)},
+    )
+    (folder / "data").mkdir()
+    for i, size in enumerate((3, 5, 3, 4, 5, 3, 3)):
+        array = np.random.default_rng(i).standard_normal((1, size)).astype(np.float32)
+        np.savez(folder / "data" / f"{i}.npz", x=array, label=2 * array)
+    return save(folder, "a.onnx", proto), folder / "data"
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_samples_of_different_shapes(tmp_path: Path, batch: int) -> None:
+    path, folder = lengths(tmp_path)
+    data = read_samples(folder, signature_of(onnx.load(path)).inputs)
+    target = Target(threads=1, shapes=(InputShapes({"x": (batch, 3)}),))
+    found = compare(path, path, target, data)
+    assert (found.samples, found.relative_error) == (7, 0.0)
+    assert evaluate(path, data, "mse", target).tolist() == [0.0] * 7
+
+
+def test_accuracy_by_a_metric_of_the_users_own(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    Path("scores_of_mine.py").write_text(
+        "def both(outputs, labels):\n"
+        "    assert list(outputs) == ['p', 'logits']\n"
+        "    return (outputs['p'].argmax(1) == outputs['logits'].argmax(1)) & (labels == 'class')\n"
+    )
+    x = np.random.default_rng(1).standard_normal((5, 6)).astype(np.float32)
+    np.savez(tmp_path / "d.npz", x=x, label=["class", "class", "other", "class", "class"])
+    data = read_npz(tmp_path / "d.npz", signature_of(classifier()).inputs)
+    assert evaluate(original, data, "scores_of_mine:both", TARGET, batch=2).tolist() == [1, 1, 0, 1, 1]
+
+
+def test_the_limit_is_that_of_the_stated_metric(original: Path, tmp_path: Path) -> None:
+    optimized = save(tmp_path, "b.onnx", classifier(WEIGHT * 2))  # the same classes, other probabilities
+    found = compare(original, optimized, TARGET, max_error=1e-6, error_metric="top1")
+    assert (found.error("top1"), found.error("relative")) == (0.0, found.relative_error)
+    found.require_valid()
+    with pytest.raises(InvalidResultError) as caught:
+        validate(original, optimized, TARGET, max_error=1e-6, error_metric="kl")
+    assert str(caught.value).startswith("got kl error ")
 
 
 def test_accuracy_needs_labels_and_a_known_output(original: Path, tmp_path: Path) -> None:

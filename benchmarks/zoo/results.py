@@ -34,6 +34,26 @@ def write(name: str, rows: Sequence[Row], folder: Path = FOLDER) -> Path:
     return path
 
 
+def recorded(name: str, folder: Path = FOLDER) -> list[Row]:
+    """The rows of `<name>.json`; none if there is no such file."""
+    path = folder / f"{name}.json"
+    return json.loads(path.read_text("utf-8"))["rows"] if path.is_file() else []
+
+
+def put(name: str, row: Row, keys: Sequence[str], folder: Path = FOLDER) -> Path:
+    """Write `<name>.json` with a row more; a row that agrees with it in `keys` gives way to it."""
+    others = (old for old in recorded(name, folder) if any(old.get(key) != row.get(key) for key in keys))
+    return write(name, [*others, row], folder)
+
+
+def table(rows: Sequence[Row], columns: Sequence[str] | None = None) -> str:
+    """Rows as a markdown table; columns in order of appearance by default."""
+    named = list(dict.fromkeys(key for row in rows for key in row)) if columns is None else list(columns)
+    lines = ["| " + " | ".join(named) + " |", "|" + "---|" * len(named)]
+    lines += ["| " + " | ".join(_cell(row.get(column)) for column in named) + " |" for row in rows]
+    return "\n".join(lines)
+
+
 def render(folder: Path = FOLDER) -> str:
     """Every result file as a markdown section with its table."""
     sections = [_section(path.stem, json.loads(path.read_text("utf-8"))) for path in sorted(folder.glob("*.json"))]
@@ -64,12 +84,9 @@ def versions() -> dict[str, str]:
 def _section(title: str, record: Mapping[str, object]) -> str:
     rows = record.get("rows")
     assert isinstance(rows, list), f"{title}.json: got no list under `rows`; write it with results.write"
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(_cell(row.get(column)) for column in columns) + " |" for row in rows]
     environment = record.get("versions")
     packages = ", ".join(f"{k} {v}" for k, v in environment.items()) if isinstance(environment, dict) else ""
-    return f"### {title}\n\n{record.get('date')}, {record.get('cpu')}; {packages}\n\n" + "\n".join(lines)
+    return f"### {title}\n\n{record.get('date')}, {record.get('cpu')}; {packages}\n\n{table(rows)}"
 
 
 def _cell(value: object) -> str:

@@ -45,20 +45,21 @@ class Labelled:
     labels: list[int]
 
 
-def labelled(folder: Path, train: int, test: int, seed: int = 0) -> tuple[Labelled, Labelled]:
+def labelled(folder: Path, train: int, test: int, smallest: int = 0, seed: int = 0) -> tuple[Labelled, Labelled]:
     """Glosses of every class that has enough of them, equally many per class.
 
     Args:
         folder: The unpacked package.
         train: Sentences per class of the first set.
         test: Sentences per class of the second set.
+        smallest: Classes with fewer different glosses are left out.
         seed: Of the shuffle.
     """
     rng = np.random.default_rng(seed)
     by_class: dict[int, list[str]] = {}
     for gloss in glosses(folder):
         by_class.setdefault(gloss.file, []).append(gloss.text)
-    kept = [texts for _, texts in sorted(by_class.items()) if len(set(texts)) >= train + test]
+    kept = [texts for _, texts in sorted(by_class.items()) if len(set(texts)) >= max(smallest, train + test)]
     sets = Labelled([], []), Labelled([], [])
     for index, texts in enumerate(kept):
         order = rng.permutation(sorted(set(texts)))[: train + test].tolist()

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from onnx import NodeProto
+from onnx import NodeProto, TensorProto
 
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.graph.applied import OPERATORS, Applied, applied
@@ -17,10 +17,11 @@ from onnx_lowrank.graph.refused import refusal
 from onnx_lowrank.graph.scope import Scope
 from onnx_lowrank.graph.tensor import DEFAULT_DOMAINS
 from onnx_lowrank.graph.weights import Constant, constant
-from onnx_lowrank.layer import Array, Kept, Layer, NodeShapes, Shape, Site, Trace
+from onnx_lowrank.layer import Kept, Layer, NodeShapes, Shape, Site, Trace
 
 NEVER_RAN = "its shapes are unknown: it never ran on the given inputs"
 ALL_ZERO = "its weight is all zeros"
+TOO_LARGE = "its weights reach {most:.3g}: squares of such numbers overflow in {kind}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +43,7 @@ def layers(graph: Graph, trace: Trace | None = None, *, check: bool = True) -> t
         graph: The model, functions inlined.
         trace: Shapes each node met, by key (see `keys.traceable`). Nodes without an entry are kept. None: nothing is
             known, no node is kept for that, and layers have no sites: enough to realise a plan.
-        check: Read all weights once, to keep those that are all zero.
+        check: Read all weights once, to keep those that are all zero or too large to be factored.
 
     Returns:
         Layers, and the nodes that stay as they are, both in graph order; each weight-bearing node is in one of them.
@@ -62,10 +63,11 @@ def layers(graph: Graph, trace: Trace | None = None, *, check: bool = True) -> t
     made: list[Layer] = []
     for members in groups.values():
         layer = _layer(members)
-        if check and not _checked(layer).any():
-            kept.extend(_kept(node, ALL_ZERO) for node, _ in members)
-        else:
+        reason = _unfit(layer) if check else None
+        if reason is None:
             made.append(layer)
+        else:
+            kept.extend(_kept(node, reason) for node, _ in members)
     order = {key: position for position, (_, _, key) in enumerate(keyed_nodes(graph))}
     return made, sorted(kept, key=lambda entry: order[entry.key])
 
@@ -141,12 +143,32 @@ def _layer(members: Sequence[tuple[_Node, Applied]]) -> Layer:
     )
 
 
-def _checked(layer: Layer) -> Array:
+def _unfit(layer: Layer) -> str | None:
+    """What about the values of a weight rules factoring out.
+
+    Where squares of weights overflow, so may factors times activations, and the order of a sum decides over the result.
+    """
     weight = layer.read()
     if not np.isfinite(weight).all():
         got = f"NaN or infinity in weight {layer.weight_name!r} of {layer.key!r}"
         raise InputError(got, "finite weights", "repair the model or export it again")
-    return weight
+    if not weight.any():
+        return ALL_ZERO
+    most = max(float(weight.max()), -float(weight.min()))
+    if most * most > _largest(layer.form.elem_type, weight.size):
+        return TOO_LARGE.format(most=most, kind=TensorProto.DataType.Name(layer.form.elem_type).lower())
+    return None
+
+
+def _largest(elem_type: int, terms: int) -> float:
+    """The largest number of a type; of double, that `terms` numbers may sum up to: it is decomposed in double too."""
+    match elem_type:
+        case TensorProto.DOUBLE:
+            return float(np.finfo(np.float64).max) / terms
+        case TensorProto.FLOAT16:
+            return float(np.finfo(np.float16).max)
+        case _:  # bfloat16 reaches as far as float32
+            return float(np.finfo(np.float32).max)
 
 
 def _kept(node: _Node, reason: str) -> Kept:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from onnx_lowrank.accuracy import evaluate
-from onnx_lowrank.goals import KeepMacs, KeepParams, LatencyMs, MaxError, Speedup
+from onnx_lowrank.goals import KeepMacs, KeepParams, LatencyMs, MaxDrop, MaxError, Speedup
 from onnx_lowrank.graph import io
 from onnx_lowrank.graph.keys import keyed_nodes
 from onnx_lowrank.graph.size import file_bytes, parameters
@@ -18,7 +18,7 @@ from onnx_lowrank.latency.machine import processor
 from onnx_lowrank.metrics import estimate, paired_difference
 from onnx_lowrank.progress import Phases
 from onnx_lowrank.report.build import layer_rows
-from onnx_lowrank.report.model import Accuracy, Dropped, GoalRow, Latency, Report, Size
+from onnx_lowrank.report.model import Accuracy, Dropped, GoalRow, Latency, Loss, Report, Size
 from onnx_lowrank.runtime import versions
 from onnx_lowrank.search.analysis import REPORT_SEED, Analysis, Source
 from onnx_lowrank.search.bisection import first_difference
@@ -37,12 +37,12 @@ def assemble(analysis: Analysis, settings: Settings, path: Path, phases: Phases)
     """
     best = analysis.outcome.best
     with phases.phase("write"):
-        analysis.bench.realise(best.plan, path.name)
+        analysis.bench.finish(best.plan, path.name)
     with phases.phase("validate"):
         limited = isinstance(settings.goal, MaxError)
         source, limit = analysis.source, settings.goal.value if limited else None
-        data = source.held_out if limited else source.data  # only a search for an error chooses by samples
-        found = compare(source.path, path, settings.target, data, limit, seed=settings.seed + REPORT_SEED)
+        seed, metric = settings.seed + REPORT_SEED, settings.error_metric
+        found = compare(source.path, path, settings.target, source.held_out, limit, seed=seed, error_metric=metric)
         bisected = first_difference(analysis, settings) if settings.bisect else None
         found.require_valid()
     with phases.phase("profile"):
@@ -56,13 +56,14 @@ def assemble(analysis: Analysis, settings: Settings, path: Path, phases: Phases)
     return Report(
         model={"path": str(source.path), "sha256": source.sha256, "opset": analysis.ready.survey.graph.opset},
         target=_target(settings),
-        goal=_goal(settings, analysis, latency, size, found),
+        goal=_goal(settings, analysis, latency, size, found, accuracy),
         layers=layer_rows(
             analysis.rows,
             analysis.ready.survey.kept,
             best.chosen,
             _names(analysis),
             by_time=not isinstance(settings.goal, KeepMacs | KeepParams),
+            refitted=analysis.bench.refitted(best.plan),
         ),
         latency=latency,
         fidelity=_fidelity(found),
@@ -96,7 +97,8 @@ def assemble(analysis: Analysis, settings: Settings, path: Path, phases: Phases)
         ),
         notes=tuple(dict.fromkeys((*analysis.ready.notes, *found.notes, *remarks))),
         bisect=bisected,
-        calibration=_calibration(source),
+        loss=Loss(best.loss, found.loss, found.samples) if analysis.bench.table is not None else None,
+        calibration=_calibration(analysis, found),
         chains_timed=analysis.timer.timed,
     )
 
@@ -131,10 +133,11 @@ def _latency(analysis: Analysis, path: Path) -> Latency:
 
 
 def _accuracy(source: Source, path: Path, settings: Settings) -> Accuracy | None:
-    if source.labelled is None:
+    given = source.reporting if isinstance(settings.goal, MaxDrop) else source.labelled
+    if given is None:
         return None
-    before = evaluate(source.path, source.labelled, settings.metric, settings.target)
-    after = evaluate(path, source.labelled, settings.metric, settings.target)
+    before = evaluate(source.path, given, settings.metric, settings.target)
+    after = evaluate(path, given, settings.metric, settings.target)
     old, new = estimate(before, settings.seed), estimate(after, settings.seed)
     change = paired_difference(before, after, settings.seed)
     return Accuracy(
@@ -144,7 +147,7 @@ def _accuracy(source: Source, path: Path, settings: Settings) -> Accuracy | None
         ci95=(change.low, change.high),
         ci95_before=(old.low, old.high),
         ci95_after=(new.low, new.high),
-        samples=len(source.labelled),
+        samples=len(given),
     )
 
 
@@ -169,7 +172,14 @@ def _size(analysis: Analysis, path: Path) -> Size:
     return Size(parameters(original), parameters(optimized), before, after, file_bytes(source.path), file_bytes(path))
 
 
-def _goal(settings: Settings, analysis: Analysis, latency: Latency, size: Size, found: Validation) -> GoalRow:
+def _goal(
+    settings: Settings,
+    analysis: Analysis,
+    latency: Latency,
+    size: Size,
+    found: Validation,
+    accuracy: Accuracy | None,
+) -> GoalRow:
     goal, outcome = settings.goal, analysis.outcome
     reached, reason = outcome.reached, outcome.reason
     match goal:
@@ -180,7 +190,13 @@ def _goal(settings: Settings, analysis: Analysis, latency: Latency, size: Size, 
             reached = goal.value / latency.after_ci95_ms[1] >= GOAL_SHARE
             reason = f"{latency.after_ms:.3g} ms measured"
         case MaxError():
-            reason = f"relative error {found.relative_error:.3g} on {found.samples} {found.data} samples; {reason}"
+            error = found.error(settings.error_metric)
+            reason = f"{settings.error_metric} error {error:.3g} on {found.samples} {found.data} samples; {reason}"
+        case MaxDrop() if accuracy is not None:
+            drop, low, high = accuracy.before - accuracy.after, -accuracy.ci95[1], -accuracy.ci95[0]
+            reached = drop <= goal.value
+            span = f"95 % interval {low:.4g} to {high:.4g}"
+            reason = f"{accuracy.metric} falls by {drop:.4g} ({span}) on {accuracy.samples} other samples; {reason}"
         case KeepMacs() | KeepParams() if settings.of == "all":
             pair = (size.macs_after, size.macs_before)
             after, before = pair if isinstance(goal, KeepMacs) else (size.params_after, size.params_before)
@@ -221,8 +237,14 @@ def _names(analysis: Analysis) -> dict[str, str]:
     return {key: node.name or key for _, node, key in keyed_nodes(analysis.ready.survey.graph)}
 
 
-def _calibration(source: Source) -> str:
-    return "data-free" if source.data is None else f"data-free, reported on {len(source.data)} given samples"
+def _calibration(analysis: Analysis, found: Validation) -> str:
+    source, table = analysis.source, analysis.bench.table
+    if source.data is None:
+        return "data-free"
+    if table is None:
+        return f"data-free, reported on {found.samples} given samples"
+    samples = table.calibration.samples
+    return f"calibrated on {len(samples)} samples, reported on {found.samples} others"
 
 
 def _peak_rss_mib() -> float:

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from onnx_lowrank.candidates import Candidate
 from onnx_lowrank.layer import Kept
+from onnx_lowrank.regression import Refitted
 from onnx_lowrank.report.model import LayerRow
 from onnx_lowrank.search.table import Row
 
 
 def layer_rows(
-    rows: Sequence[Row], kept: Sequence[Kept], chosen: Sequence[Candidate], names: Mapping[str, str], *, by_time: bool
+    rows: Sequence[Row],
+    kept: Sequence[Kept],
+    chosen: Sequence[Candidate],
+    names: Mapping[str, str],
+    *,
+    by_time: bool,
+    refitted: Mapping[str, Refitted] | None = None,
 ) -> tuple[LayerRow, ...]:
     """One row per weight-bearing node, in graph order.
 
@@ -21,13 +29,15 @@ def layer_rows(
         chosen: The choice for every factorable layer.
         names: Node key -> the name the user knows, in graph order.
         by_time: Whether a chain had to be faster than its layer.
+        refitted: Errors with the inputs of the compressed network, by layer key.
     """
     choices = {candidate.key: candidate for candidate in chosen}
     found: dict[str, LayerRow] = {entry.key: _kept_row(entry) for entry in kept}
     for row in rows:
         choice = choices.get(row.layer.key, row.keep)
         for node in row.layer.nodes:
-            found[node] = _layer_row(row, choice, names.get(node, node), by_time=by_time)
+            made = _layer_row(row, choice, names.get(node, node), by_time=by_time)
+            found[node] = _with_refit(made, (refitted or {}).get(row.layer.key))
     order = {key: position for position, key in enumerate(names)}
     return tuple(found[key] for key in sorted(found, key=lambda key: order.get(key, len(order))))
 
@@ -74,24 +84,34 @@ def _layer_row(row: Row, choice: Candidate, name: str, *, by_time: bool) -> Laye
     )
 
 
+def _with_refit(row: LayerRow, result: Refitted | None) -> LayerRow:
+    if result is None:
+        return row
+    how = f"refitted: output error {result.error_before:.3g} -> {result.error:.3g}"
+    return replace(row, error=result.error_before, error_refit=result.error, reason=f"{row.reason}; {how}")
+
+
 def _reason(row: Row, choice: Candidate, *, by_time: bool) -> str:
     shared = f"; weight shared by {len(row.layer.nodes)} nodes" if len(row.layer.nodes) > 1 else ""
     if choice.chain is not None:
-        return f"{_times(choice, row.keep)}, weight error {choice.error:.3g}{shared}"
+        kind = "weight" if choice.probed_loss is None else "output"
+        return f"{_times(choice, row.keep)}, {kind} error {choice.error:.3g}{shared}"
     if not row.factorable:
         return row.refusals.get("svd") or next(iter(row.refusals.values()), "its own latency could not be measured")
+    if not by_time:
+        return f"the goal is reached at less loss elsewhere{shared}"
     timed = [option for option in row.options[1:] if option.ms is not None]
     if not timed:
         return f"none of its chains could be timed ({len(row.options) - 1} tried){shared}"
     best = min(timed, key=lambda option: option.ms or 0.0)
-    if by_time and (best.ms or 0.0) >= (row.keep.ms or 0.0):
+    if (best.ms or 0.0) >= (row.keep.ms or 0.0):
         return f"no chain was measured faster (the best, {_named(best)}: {_times(best, row.keep)}){shared}"
     fastest = f"its fastest chain, {_named(best)}: {_loss(best, row.keep)}"
     return f"the goal is reached at less loss elsewhere ({fastest}){shared}"
 
 
 def _loss(option: Candidate, keep: Candidate) -> str:
-    return f"{_times(option, keep)} at weight error {option.error:.2g}"
+    return f"{_times(option, keep)} at error {option.error:.2g}"
 
 
 def _named(option: Candidate) -> str:

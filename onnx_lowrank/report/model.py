@@ -139,6 +139,18 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
+class Loss:
+    """Damage to the outputs: the sum of probed losses the search went by, and what the finished model shows.
+
+    The prediction knows nothing of the refit, which repairs part of the damage.
+    """
+
+    predicted: float
+    measured: float
+    samples: int
+
+
+@dataclass(frozen=True)
 class Dropped:
     """A candidate that could not be timed or realised."""
 
@@ -166,6 +178,7 @@ class Report:
     passes: tuple[dict[str, Any], ...]
     notes: tuple[str, ...] = ()
     bisect: Blame | None = None
+    loss: Loss | None = None
     calibration: str = "data-free"
     training: str = "none"
     chains_timed: int = 0

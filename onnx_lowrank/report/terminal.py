@@ -37,7 +37,7 @@ def _factorized(report: Report) -> Table:
                 row.shape,
                 Text(row.method, style="green"),
                 "x".join(map(str, row.rank)),
-                f"{row.error:.3f}",
+                f"{row.error:.3f}" if row.error_refit is None else f"{row.error:.3f} -> {row.error_refit:.3f}",
                 f"x{row.macs_after / row.macs_before:.2f}" if row.macs_before else "",
                 _before_after(row.latency_ms_before, row.latency_ms_after),
             )
@@ -74,13 +74,13 @@ def _summary(report: Report) -> Table:
             _span(time.ci95),
         )
         table.add_row(
-            "  of it low rank",
+            "  by low rank alone",
             f"{time.normalized_ms:.3f}",
             f"{time.after_ms:.3f}",
             f"{time.low_rank_speedup:.2f}x",
             _span(low),
         )
-        table.add_row("  as predicted", "", f"{time.predicted_ms:.3f}", f"{time.predicted_low_rank_speedup:.2f}x", "")
+        table.add_row("  predicted", "", f"{time.predicted_ms:.3f}", f"{time.predicted_low_rank_speedup:.2f}x", "")
     if report.accuracy is not None:
         score = report.accuracy
         table.add_row(

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
+from onnx_lowrank.accuracy import evaluate
 from onnx_lowrank.allocators import ALLOCATORS
-from onnx_lowrank.candidates import Candidate
+from onnx_lowrank.calibration.samples import Samples, divided
+from onnx_lowrank.candidates import Candidate, Grid
 from onnx_lowrank.catalogue import all_decompositions, split
-from onnx_lowrank.data import Dataset, read_npz
+from onnx_lowrank.data import Dataset, read_samples
 from onnx_lowrank.decomposition import Decomposition
 from onnx_lowrank.errors import InputError
-from onnx_lowrank.goals import KeepMacs, KeepParams
+from onnx_lowrank.goals import KeepMacs, KeepParams, MaxDrop
 from onnx_lowrank.graph import io
 from onnx_lowrank.graph.keys import keyed_nodes
 from onnx_lowrank.graph.model import Graph
@@ -25,21 +30,24 @@ from onnx_lowrank.latency.table import LatencyTable
 from onnx_lowrank.layer import Kept, Layer
 from onnx_lowrank.pass_manager import PassRecord
 from onnx_lowrank.passes.normalize import DEFAULT_NORMALIZE, MEASURED_NORMALIZE
-from onnx_lowrank.plan import Choice, PassSpec, Plan
+from onnx_lowrank.plan import CALIBRATED, DATA_FREE, REFIT, Choice, PassSpec, Plan
 from onnx_lowrank.progress import Phases
 from onnx_lowrank.runtime import versions
 from onnx_lowrank.search.bench import Bench
+from onnx_lowrank.search.calibrated import PROBE_VERSION, CalibratedTable, Calibration
 from onnx_lowrank.search.factorizations import FactorizationCache
-from onnx_lowrank.search.loop import Loop, Outcome
-from onnx_lowrank.search.prediction import Prediction
+from onnx_lowrank.search.loop import Attempt, Loop, Outcome
+from onnx_lowrank.search.prediction import Prediction, size_problem
 from onnx_lowrank.search.racer import Contestant, Racer
 from onnx_lowrank.search.survey import Survey, make_samples, normalize, runs_natively, survey
-from onnx_lowrank.search.table import Row, price, tabulate
+from onnx_lowrank.search.table import GridOf, Row, price, tabulate
 from onnx_lowrank.search.tuning import tuned
 from onnx_lowrank.settings import Settings
 from onnx_lowrank.signature import Signature, signature_of
+from onnx_lowrank.target import Target
 from onnx_lowrank.validation import compare
 
+logger = logging.getLogger(__name__)
 FULL_RANK = "full_rank"
 SPLIT_SEED = 0
 REPORT_SEED = 1000  # added to the seed of synthetic inputs that figures are reported on
@@ -55,8 +63,8 @@ class Source:
         sha256: Of the file and its external data.
         signature: Inputs and outputs.
         data: Unlabelled samples, or None.
-        selection: The half of them a search may choose by.
-        held_out: The other half, which only reports use.
+        samples: Those to calibrate with and to choose by; None without data, or where they are too few.
+        held_out: The others, which only reports use.
         labelled: Labelled samples, or None.
     """
 
@@ -65,9 +73,19 @@ class Source:
     sha256: str
     signature: Signature
     data: Dataset | None
-    selection: Dataset | None
+    samples: Samples | None
     held_out: Dataset | None
     labelled: Dataset | None
+
+    @cached_property
+    def choosing(self) -> Dataset | None:
+        """The half of the labelled samples that a search for a drop of the metric may choose by."""
+        return None if self.labelled is None else self.labelled.split(0.5, SPLIT_SEED)[0]
+
+    @cached_property
+    def reporting(self) -> Dataset | None:
+        """The other half, on which such a search is reported."""
+        return None if self.labelled is None else self.labelled.split(0.5, SPLIT_SEED)[1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,23 +131,50 @@ class Analysis:
     timer: ChainTimer
     outcome: Outcome
 
+    def keeping_all(self, reason: str, *, reached: bool) -> Analysis:
+        """The same with every layer kept, for when the best model found must not be written."""
+        best, chosen = self.outcome.best, tuple(row.keep for row in self.rows if row.factorable)
+        plan = _plan(self.source, self.ready, chosen, best.plan.fit)
+        path, record = self.bench.realise(plan)
+        dense_ms = best.predicted_ms / best.predicted_share
+        kept = Attempt(chosen, plan, path, record, predicted_ms=dense_ms, predicted_share=1.0)
+        return replace(self, outcome=Outcome(kept, reached, reason))
 
-def read_source(path: Path, calibration: Path | None = None, labelled: Path | None = None) -> Source:
+
+def read_source(
+    path: Path,
+    calibration: Path | str | None = None,
+    labelled: Path | str | None = None,
+    *,
+    preprocess: str | None = None,
+    limit: int | None = None,
+) -> Source:
     """Read a model and the data that go with it.
+
+    Args:
+        path: The model.
+        calibration: Unlabelled samples, see `data.read_samples`.
+        labelled: Labelled samples.
+        preprocess: How images become arrays.
+        limit: How many of `calibration` to use at most.
 
     Raises:
         InputError: if a file cannot be used; the model is looked at first.
     """
     graph = io.load(path)
     signature = signature_of(graph.to_proto())
-    data = None if calibration is None else read_npz(calibration, signature.inputs)
-    labels = None if labelled is None else read_npz(labelled, signature.inputs)
+    inputs = signature.inputs
+    data = None if calibration is None else read_samples(calibration, inputs, preprocess=preprocess, limit=limit)
+    labels = None if labelled is None else read_samples(labelled, inputs, preprocess=preprocess)
     if labels is not None and labels.labels is None:
         raise InputError(f"{labelled} without an array 'label'", "labelled samples", "add labels, or leave --eval out")
-    selection, held_out = (
-        (None, None) if data is None else (data, data) if len(data) < 2 else data.split(0.5, SPLIT_SEED)
-    )
-    return Source(path, graph, io.model_sha256(path), signature, data, selection, held_out, labels)
+    samples, held_out = None, data
+    if data is not None:
+        try:
+            samples, held_out = divided(data, SPLIT_SEED)
+        except InputError as error:
+            logger.warning("no calibration: %s", error)
+    return Source(path, graph, io.model_sha256(path), signature, data, samples, held_out, labels)
 
 
 def tuned_for(source: Source, settings: Settings, phases: Phases) -> Settings:
@@ -184,14 +229,20 @@ def analyse(source: Source, settings: Settings, folder: Path, phases: Phases) ->
     ready = prepare(source, settings, folder, phases)
     found = ready.survey
     cache = FactorizationCache(settings.memory_limit, folder)
-    rows, timer = _candidates(ready, settings, cache, phases)
-    bench = Bench(source.graph, ready.methods, cache, ready.racer, folder, deadline)
+    rows, timer, table = _candidates(source, ready, settings, cache, phases)
+    bench = Bench(source.graph, ready.methods, cache, ready.racer, folder, deadline, table, phases)
+    fit = DATA_FREE if table is None else REFIT if settings.refit else CALIBRATED
 
     def plan_of(chosen: Sequence[Candidate]) -> Plan:
-        return _plan(source, ready.records, ready.methods, found, chosen)
+        return _plan(source, ready, chosen, fit)
 
     def error_of(model: Path) -> float:
-        return compare(source.path, model, settings.target, source.selection, seed=settings.seed).relative_error
+        if isinstance(settings.goal, MaxDrop):
+            return _drop(source, model, settings)
+        given = None if source.samples is None else source.samples.judge
+        metric, data = settings.error_metric, given or source.data
+        found = compare(source.path, model, settings.target, data, seed=settings.seed, error_metric=metric)
+        return found.error(metric)
 
     with phases.phase("search"):
         baseline = ready.racer.race([ready.normalized]).timings[0].median_ms
@@ -230,21 +281,59 @@ def _pinned(found: Survey, settings: Settings) -> Survey:
 
 
 def _candidates(
-    ready: Prepared, settings: Settings, cache: FactorizationCache, phases: Phases
-) -> tuple[list[Row], ChainTimer]:
+    source: Source, ready: Prepared, settings: Settings, cache: FactorizationCache, phases: Phases
+) -> tuple[list[Row], ChainTimer, CalibratedTable | None]:
     found = ready.survey
     table = LatencyTable()
+    by_size = isinstance(settings.goal, KeepMacs | KeepParams)
     with phases.phase("channel grid"):
-        ops = {layer.form.op for layer in found.layers}
-        kinds: list[Kind] = [*(["conv"] if "Conv" in ops else []), *(["matmul"] if ops - {"Conv"} else [])]
-        blocks: dict[str, int] = {kind: channel_block(settings.target, table, kind) for kind in kinds}
+        grid_of = _size_grid if by_size else _machine_grid(found, settings.target, table)
     exact = settings.allocator == FULL_RANK
-    with phases.phase("decompose") as advance:
-        rows = tabulate(found.layers, tuple(ready.methods.values()), blocks, cache, advance, exact_only=exact)
+    calibrated = None
+    if source.samples is None or exact or ready.racer.as_float32:
+        with phases.phase("decompose") as advance:
+            rows = tabulate(found.layers, tuple(ready.methods.values()), grid_of, cache, advance, exact_only=exact)
+    else:
+        given = _calibration(source, ready, settings, source.samples, cache.folder, table)
+        calibrated = CalibratedTable(source.graph, found.layers, ready.methods, grid_of, cache, given, phases)
+        rows = calibrated.rows()
     timer = ChainTimer(settings.target, table, ready.normalized.level)
     with phases.phase("time chains") as advance:
-        rows = price(rows, timer, advance)
-    return rows, timer
+        wanted = _of_size(rows, settings, found, source.graph) if by_size else None
+        rows = price(rows, timer, advance, lambda o: wanted is None or (o.key, o.method, o.rank) in wanted)
+    return rows, timer, calibrated
+
+
+def _size_grid(layer: Layer) -> Grid:
+    return Grid.of_size(layer.shape)
+
+
+def _machine_grid(found: Survey, target: Target, table: LatencyTable) -> GridOf:
+    """Ranks that fill the channel blocks of the target, probed for the operators there are."""
+    ops = {layer.form.op for layer in found.layers}
+    kinds: list[Kind] = [*(["conv"] if "Conv" in ops else []), *(["matmul"] if ops - {"Conv"} else [])]
+    blocks: dict[str, int] = {kind: channel_block(target, table, kind) for kind in kinds}
+    return lambda layer: Grid.of_machine(blocks["conv" if layer.form.op == "Conv" else "matmul"])
+
+
+def _of_size(
+    rows: Sequence[Row], settings: Settings, found: Survey, graph: Graph
+) -> set[tuple[str, str, tuple[int, ...]]]:
+    """What a goal of size chooses: time plays no part in it, so nothing else is timed."""
+    problem = size_problem(rows, settings.goal, *_totals(settings, found, rows, graph))
+    return {(o.key, o.method, o.rank) for o in ALLOCATORS[settings.allocator](problem)}
+
+
+def _calibration(
+    source: Source, ready: Prepared, settings: Settings, samples: Samples, folder: Path, memory: LatencyTable
+) -> Calibration:
+    """Samples and conditions; networks run on all cores, in exact arithmetic."""
+    methods = [(name, asdict(method)) for name, method in ready.methods.items()]  # pyright: ignore[reportArgumentType] - decompositions are dataclasses
+    passes = [(record.name, record.options) for record in ready.records]
+    data = (samples.fit.sha256, samples.judge.sha256)
+    seen = [PROBE_VERSION, source.sha256, data, methods, passes, versions()]
+    target = replace(settings.target, threads=0).exact()
+    return Calibration(samples, target, folder, memory, json.dumps(seen, default=str))
 
 
 def _totals(settings: Settings, found: Survey, rows: Sequence[Row], graph: Graph) -> tuple[float, float]:
@@ -260,18 +349,20 @@ def _totals(settings: Settings, found: Survey, rows: Sequence[Row], graph: Graph
     return (inside if settings.of == "factorable" else whole), inside
 
 
-def _plan(
-    source: Source,
-    records: Sequence[PassRecord],
-    methods: Mapping[str, Decomposition],
-    found: Survey,
-    chosen: Sequence[Candidate],
-) -> Plan:
-    nodes = {layer.key: layer.nodes[0] for layer in found.layers}
+def _plan(source: Source, ready: Prepared, chosen: Sequence[Candidate], fit: str) -> Plan:
+    nodes = {layer.key: layer.nodes[0] for layer in ready.survey.layers}
     choices = tuple(Choice(c.key, nodes[c.key], c.method, c.rank, c.error, c.ms) for c in chosen)
-    graph_passes = [PassSpec(record.name, record.options) for record in records]
+    graph_passes = [PassSpec(record.name, record.options) for record in ready.records]
     used = {c.method for c in chosen}
-    optional = [PassSpec(m.name, asdict(m)) for m in methods.values() if m.name in used and asdict(m)]  # pyright: ignore[reportArgumentType] - decompositions are dataclasses
-    return Plan(
-        source.sha256, choices, (*graph_passes, *optional), source.data.sha256 if source.data else None, versions()
-    )
+    methods = ready.methods.values()
+    optional = [PassSpec(m.name, asdict(m)) for m in methods if m.name in used and asdict(m)]  # pyright: ignore[reportArgumentType] - decompositions are dataclasses
+    data = source.data.sha256 if source.data else None
+    return Plan(source.sha256, choices, (*graph_passes, *optional), data, versions(), fit)
+
+
+def _drop(source: Source, model: Path, settings: Settings) -> float:
+    """How much the task metric falls on the labelled samples a search may choose by."""
+    given = source.choosing
+    assert given is not None  # noqa: S101 - the goal demands labelled samples
+    before, after = (evaluate(path, given, settings.metric, settings.target) for path in (source.path, model))
+    return float(before.mean() - after.mean())

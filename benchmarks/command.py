@@ -1,0 +1,99 @@
+"""`onnx-lowrank optimize` as a benchmark runs it: in a process of its own, its report read back."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.zoo.results import Scalar
+
+DONE, MISSED = 0, 3  # exit codes with a written model: goal reached, or not
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the command.
+
+    Attributes:
+        out: The model it wrote, if it did.
+        exit: Its exit code.
+        seconds: Wall time of the process.
+        error: The last line it said, where no model was written.
+        report: `report.json`, parsed; empty where there is none.
+    """
+
+    out: Path
+    exit: int
+    seconds: float
+    error: str
+    report: Mapping[str, Any]
+
+    @property
+    def written(self) -> bool:
+        """Whether there is a model."""
+        return bool(self.report)
+
+    def figures(self) -> dict[str, Scalar]:
+        """What the report says about speed, size and fidelity, as flat columns."""
+        if not self.written:
+            return {"exit": self.exit, "seconds": self.seconds, "error": self.error}
+        latency, size, layers = (self.report[key] for key in ("latency", "size", "layers"))
+        goal, fidelity = self.report["goal"], self.report["fidelity"]
+        return {
+            "exit": self.exit,
+            "seconds": self.seconds,
+            "before_ms": round(latency["before_ms"], 3),
+            "after_ms": round(latency["after_ms"], 3),
+            "predicted_ms": round(latency["predicted_ms"], 3),
+            "predicted_low_rank_speedup": round(latency["predicted_low_rank_speedup"], 3),
+            "speedup": round(latency["speedup"], 3),
+            "ci95": span(latency["ci95"]),
+            "low_rank_speedup": round(latency["low_rank_speedup"], 3),
+            "clock": str(latency["clock"]),
+            "disturbed": bool(latency["disturbed"]),
+            "macs_kept": round(size["macs_after"] / max(size["macs_before"], 1), 4),
+            "params_kept": round(size["params_after"] / max(size["params_before"], 1), 4),
+            "factorized": sum(row["decision"] == "factorized" for row in layers),
+            "weight_nodes": len(layers),
+            "relative_error": float(f"{fidelity['relative_error']:.3g}"),
+            "worst_output": float(f"{max(output['relative'] for output in fidelity['outputs']):.3g}"),
+            "goal_reached": bool(goal["reached"]),
+        }
+
+    def costs(self) -> dict[str, Scalar]:
+        """Seconds of each phase, peak memory, and what the model was calibrated on."""
+        if not self.written:
+            return {}
+        phases = {
+            f"phase_{name.replace(' ', '_')}": round(float(seconds), 2)
+            for name, seconds in self.report["timings"].items()
+        }
+        return {
+            **phases,
+            "peak_rss_mib": round(self.report["peak_rss_mib"]),
+            "calibration": str(self.report["calibration"]),
+        }
+
+
+def optimize(model: Path, out: Path, options: Sequence[str]) -> Run:
+    """Optimize a model; the report is written beside `out`, whose folder must exist."""
+    command = [sys.executable, "-m", "onnx_lowrank", "optimize", str(model), "-o", str(out), *options]
+    started = time.perf_counter()
+    done = subprocess.run([*command, "--report", str(out.parent)], capture_output=True, text=True, check=False)
+    seconds = round(time.perf_counter() - started, 1)
+    said = done.stderr.strip().splitlines()
+    file = out.parent / "report.json"
+    written = done.returncode in {DONE, MISSED} and out.is_file()
+    report = json.loads(file.read_text("utf-8")) if written else {}
+    return Run(out, done.returncode, seconds, "" if written else (said or ["no output"])[-1], report)
+
+
+def span(interval: Sequence[float], places: int = 3) -> str:
+    """An interval in words."""
+    return f"{interval[0]:.{places}f} to {interval[1]:.{places}f}"

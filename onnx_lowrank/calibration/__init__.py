@@ -1,0 +1,1 @@
+"""What a few hundred samples say about a network: activations layer by layer, and moments of them."""

@@ -1,0 +1,135 @@
+"""What a layer sees, as rows: unfolded inputs c and outputs y of one node, so that y = M c + b row by row.
+
+Rows are positions: output pixels of a convolution, leading indices of a product. Where there are more than are wanted,
+the same seeded positions are taken of every sample, whatever the batch it comes in.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+
+from onnx_lowrank.layer import Array, Form, Geometry, LayerShape, Shape
+
+Values = NDArray[np.generic]
+# Rows of a layer: more make its moments better and take longer. Not fewer than this many per unfolded input, else as
+# many as this many multiplications pay for, up to a limit.
+ROWS_PER_INPUT = 6
+WORK = 4e11
+MOST_ROWS = 100_000
+
+
+def rows_per_sample(shape: LayerShape, samples: int) -> int:
+    """Positions to take of each of `samples` for a layer."""
+    n = shape.params // (shape.groups * shape.out)
+    rows = max(ROWS_PER_INPUT * n, min(WORK / (shape.groups * n**2), MOST_ROWS))
+    return math.ceil(rows / max(samples, 1))
+
+
+@dataclass(frozen=True)
+class Unfolding:
+    """How the rows of one layer's node are read off its input and output.
+
+    Args:
+        form: The node.
+        shape: The layer's sizes.
+        rows_per_sample: Positions taken of every sample.
+        seed: Decides which.
+    """
+
+    form: Form
+    shape: LayerShape
+    rows_per_sample: int
+    seed: int = 0
+
+    @property
+    def reading(self) -> Hashable:
+        """Equal for layers that take the same rows of the same input."""
+        form, shape = self.form, self.shape
+        where = (form.geometry, form.side, form.transposed_input, form.batch)
+        return (*where, shape.groups, shape.in_, shape.kernel, self.rows_per_sample, self.seed)
+
+    def rows(self, x: Values) -> Array:
+        """Unfolded inputs of one batch, (rows, groups, n), in real numbers; n = in prod(kernel), order (c, kernel)."""
+        if self.form.geometry is not None:
+            size = self.form.geometry.output_size(x.shape[2:], self.shape.kernel)
+            return _patches(_real(x), self.form.geometry, self.shape, self._positions(size), size)
+        return self._product_rows(_real(x), self.shape.in_, transposed=self.form.transposed_input)
+
+    def targets(self, y: Values) -> Array:
+        """Outputs at the same positions, (rows, groups, out)."""
+        if self.form.geometry is None:
+            return self._product_rows(_real(y), self.shape.out, transposed=False)
+        picked = _real(y)[(slice(None), slice(None), *self._positions(y.shape[2:]))]
+        return picked.swapaxes(1, 2).reshape(-1, self.shape.groups, self.shape.out)
+
+    def _positions(self, size: Shape) -> tuple[NDArray[np.intp], ...]:
+        """Output positions taken, one index array per spatial axis."""
+        return np.unravel_index(self._chosen(math.prod(size), size), size)
+
+    def _chosen(self, count: int, key: Shape) -> NDArray[np.intp]:
+        if count <= self.rows_per_sample:
+            return np.arange(count)
+        rng = np.random.default_rng([self.seed, zlib.crc32(repr(key).encode())])
+        return np.sort(rng.choice(count, self.rows_per_sample, replace=False))
+
+    def _product_rows(self, array: Array, width: int, *, transposed: bool) -> Array:
+        """Rows of one operand of y = x W^T; a stack of products has one group per matrix."""
+        if transposed:
+            array = array.T
+        left = self.form.side == "left"
+        if left:
+            array = array.swapaxes(-1, -2)
+        groups = self.shape.groups
+        if groups > 1:
+            length = array.shape[-2]
+            lead = np.broadcast_shapes(array.shape[:-2], self.form.batch)
+            stacked = np.broadcast_to(array, (*lead, length, width)).reshape(-1, groups, length, width)
+            flat = stacked.swapaxes(1, 2).reshape(-1, length, groups, width)
+        else:
+            samples = array.shape[0] if array.ndim > 2 else 1
+            flat = array.reshape(samples, -1, 1, width)
+        if array.ndim == 2 and not left:  # one row per sample: nothing to choose from
+            return flat.reshape(-1, groups, width)
+        chosen = self._chosen(flat.shape[1], flat.shape[1:2])
+        return flat[:, chosen].reshape(-1, groups, width)
+
+
+def _real(array: Values) -> Array:
+    return array.astype(np.float64 if array.dtype == np.float64 else np.float32, copy=False)
+
+
+def _patches(
+    x: Array, geometry: Geometry, shape: LayerShape, at: tuple[NDArray[np.intp], ...], out_size: Shape
+) -> Array:
+    """Receptive fields at output positions `at`, (samples * positions, groups, in * prod(kernel))."""
+    kernel, n = shape.kernel, len(shape.kernel)
+    pads = _explicit_pads(geometry, kernel, x.shape[2:], out_size)
+    padded = np.pad(x, [(0, 0), (0, 0), *pads]) if any(map(any, pads)) else x
+    reach = tuple((k - 1) * d + 1 for k, d in zip(kernel, geometry.dilations, strict=True))
+    view = sliding_window_view(padded, reach, axis=tuple(range(2, 2 + n)))
+    view = view[(..., *(slice(None, None, d) for d in geometry.dilations))]
+    corners = tuple(index * stride for index, stride in zip(at, geometry.strides, strict=True))
+    picked = view[(slice(None), slice(None), *corners)]  # (samples, channels, positions, *kernel)
+    return picked.swapaxes(1, 2).reshape(-1, shape.groups, shape.in_ * math.prod(kernel))
+
+
+def _explicit_pads(geometry: Geometry, kernel: Shape, size: Shape, out_size: Shape) -> list[tuple[int, int]]:
+    n = len(kernel)
+    if geometry.auto_pad in {"NOTSET", ""}:
+        return [(geometry.pads[i], geometry.pads[i + n]) for i in range(n)]
+    if geometry.auto_pad == "VALID":
+        return [(0, 0)] * n
+    pads: list[tuple[int, int]] = []
+    for i in range(n):
+        reach = (kernel[i] - 1) * geometry.dilations[i] + 1
+        total = max(0, (out_size[i] - 1) * geometry.strides[i] + reach - size[i])
+        small = total // 2
+        pads.append((small, total - small) if geometry.auto_pad == "SAME_UPPER" else (total - small, small))
+    return pads

@@ -1,0 +1,164 @@
+"""Sequential refit: every chain is fitted to the original's outputs on the inputs the compressed network gives it.
+
+Two copies of the network are walked through side by side, layer by layer in graph order. At a layer, c are the unfolded
+inputs from the *compressed* network and y the outputs of the *original* one (Zhang et al., TPAMI 2016, section 3.2;
+here for every chain, not only the two-stage one), so that a layer repairs what the layers before it lost. Where y is
+added to the other branch of a residual sum, it is the *sum* that shall be right. Layers that are not factored are
+fitted too, once something before them has changed. `regression` does one layer.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from onnx_lowrank.calibration.layer_data import Block, LayerData
+from onnx_lowrank.calibration.samples import Samples
+from onnx_lowrank.calibration.stops import stops
+from onnx_lowrank.calibration.unfold import Unfolding, rows_per_sample
+from onnx_lowrank.calibration.walk import Cut, Front, Values, route
+from onnx_lowrank.chain import Fit
+from onnx_lowrank.decomposition import Decomposition
+from onnx_lowrank.graph.model import Graph
+from onnx_lowrank.layer import Array, Layer
+from onnx_lowrank.plan import Plan
+from onnx_lowrank.regression import Chosen, Refitted, fit_chain
+from onnx_lowrank.rewrite import Replacement, splice
+from onnx_lowrank.target import Target
+
+logger = logging.getLogger(__name__)
+Progress = Callable[[int, int], None]
+
+
+def chosen_layers(layers: Iterable[Layer], plan: Plan, methods: Mapping[str, Decomposition]) -> list[Chosen]:
+    """What a plan makes of those of `layers` it names, kept ones included."""
+    choices = {choice.key: choice for choice in plan.layers}
+    named = ((layer, choices[layer.key]) for layer in layers if layer.key in choices)
+    return [Chosen(layer) if c.keeps else Chosen(layer, methods[c.method], c.rank) for layer, c in named]
+
+
+def refit(
+    graph: Graph,
+    chosen: Sequence[Chosen],
+    samples: Samples,
+    target: Target,
+    folder: Path,
+    progress: Progress,
+    *,
+    regress: bool = True,
+) -> dict[str, Refitted]:
+    """Fit every chain, in graph order.
+
+    Args:
+        graph: The normalized model; it is not changed.
+        chosen: All layers, and what they become.
+        samples: To fit and to judge.
+        target: Where to run.
+        folder: For activations, while it runs.
+        progress: Told how many layers are done.
+        regress: Fit to the original's outputs; else only approximate the weights on the inputs that come.
+
+    Returns:
+        Layer key -> its fit; layers that cannot be refitted (inside bodies, weights shared by several nodes, a bias
+        that is computed) are not in it and stay data-free.
+    """
+    found: dict[str, Refitted] = {}
+    factored = [one for one in chosen if one.method is not None]
+    if not factored:
+        return found
+    twin = Graph(graph.to_proto(), graph.folder, graph.external)
+    with tempfile.TemporaryDirectory(prefix="refit-", dir=folder) as room:
+        walk = _Walk(graph, twin, chosen if regress else factored, samples, target, Path(room), regress=regress)
+        for number in range(len(walk.path.cuts)):
+            found.update(walk.step(number))
+            progress(number + 1, len(walk.path.cuts))
+    return found
+
+
+def arrays(found: Mapping[str, Refitted]) -> dict[str, Fit]:
+    """What `Factor` needs of a refit."""
+    return {key: one.fit for key, one in found.items() if one.fit is not None}
+
+
+class _Walk:
+    """Both networks between two layers."""
+
+    def __init__(
+        self,
+        original: Graph,
+        compressed: Graph,
+        chosen: Sequence[Chosen],
+        samples: Samples,
+        target: Target,
+        folder: Path,
+        *,
+        regress: bool,
+    ) -> None:
+        self.original, self.compressed, self.samples, self.regress = original, compressed, samples, regress
+        self.stops = stops(original, (one.layer for one in chosen))
+        self.chosen = {one.layer.key: one for one in chosen}
+        fitted = {stop.layer.key for stop in self.stops.values()}
+        rest = [one for one in chosen if one.method is not None and one.layer.key not in fitted]
+        splice(compressed, [_replacement(one, Fit(one.factors(one.layer.read()))) for one in rest])
+        self.changed = bool(rest)
+        self.path = route(original, {key: stop.operand for key, stop in self.stops.items()})
+        self.fronts = (Front(_made(folder / "original"), target), Front(_made(folder / "compressed"), target))
+        self.fits: list[bool] = []
+        for feeds, fits, _ in samples.batches():
+            self.fits.append(fits)
+            for front in self.fronts:
+                front.put(feeds)
+        for front, network in zip(self.fronts, (original, compressed), strict=True):
+            front.advance(network, self.path.fronts[0])
+
+    def step(self, number: int) -> dict[str, Refitted]:
+        """Fit what one layer becomes, put it into the compressed network, and move on."""
+        cut, front = self.path.cuts[number], self.path.fronts[number + 1]
+        stop = self.stops[cut.key]
+        one = self.chosen[stop.layer.key]
+        found: dict[str, Refitted] = {}
+        if one.method is None and not self.changed:
+            self.fronts[0].advance(self.original, front)
+        else:
+            channels = one.layer.shape.groups * one.layer.shape.out
+            inside = None if stop.slot is None else stop.slot.inside(channels)
+            result = fit_chain(one, self._data(cut, one, front), inside, regress=self.regress)
+            logger.info("%s: %s, error %.4f -> %.4f", cut.key, result.what, result.error_before, result.error)
+            if result.fit is not None:
+                splice(self.compressed, [_replacement(one, result.fit)])
+                found[one.layer.key] = result
+                self.changed = True
+        self.fronts[1].advance(self.compressed, front)
+        return found
+
+    def _data(self, cut: Cut, one: Chosen, front: Sequence[str]) -> LayerData:
+        """Inputs in the compressed and wanted outputs from the original network; the original moves on."""
+        shape = one.layer.shape
+        unfolding = Unfolding(one.layer.form, shape, rows_per_sample(shape, len(self.samples.fit)))
+        blocks: dict[bool, list[Block]] = {True: [], False: []}
+
+        def hear(batch: int, y: Values) -> None:
+            wanted, beside = y, None
+            if cut.beside is not None:
+                before, now = (held.value(cut.beside, batch) for held in self.fronts)
+                if before.shape == y.shape:
+                    wanted, beside = y + before, unfolding.targets(now)
+
+            def inputs() -> Array:
+                return unfolding.rows(self.fronts[1].value(cut.x, batch))
+
+            blocks[self.fits[batch]].append(Block(inputs, unfolding.targets(wanted), beside))
+
+        self.fronts[0].advance(self.original, front, cut.y, hear)
+        return LayerData(blocks[True], blocks[False], cut.relu)
+
+
+def _replacement(one: Chosen, fit: Fit) -> Replacement:
+    return Replacement(one.layer, one.chain, fit, {})
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    return folder

@@ -1,0 +1,224 @@
+"""The candidate table from calibration: output errors from moments, losses from probes, in one walk of the network."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import tempfile
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from onnx_lowrank.calibration.moments import Accumulator, Moments
+from onnx_lowrank.calibration.samples import Samples
+from onnx_lowrank.calibration.stops import Stop, stops
+from onnx_lowrank.calibration.unfold import Unfolding, rows_per_sample
+from onnx_lowrank.calibration.walk import Cut, Front, Route, route
+from onnx_lowrank.candidates import Candidate
+from onnx_lowrank.chain import Fit
+from onnx_lowrank.decomposition import Decomposition, Rank
+from onnx_lowrank.graph.model import Graph
+from onnx_lowrank.latency.table import LatencyTable
+from onnx_lowrank.layer import Array, Layer
+from onnx_lowrank.progress import Phases
+from onnx_lowrank.rewrite import Replacement, splice
+from onnx_lowrank.search.factorizations import FactorizationCache
+from onnx_lowrank.search.table import GridOf, Row, row_of
+from onnx_lowrank.sensitivity import PROBES, LossCurve, Outputs, output_loss, probe_at
+from onnx_lowrank.target import Target
+
+logger = logging.getLogger(__name__)
+# To be raised when a probed loss comes to mean something else: it is remembered from run to run.
+PROBE_VERSION = 2
+# Samples losses are probed on: as many as this many multiply-accumulates pay for, between these two.
+PROBE_MACS = 4e12
+PROBE_SAMPLES = (8, 256)
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """What the candidates are judged by.
+
+    Args:
+        samples: To take moments from, and to probe with.
+        target: Where networks run.
+        folder: For activations, while they are needed.
+        memory: Remembers probed losses from run to run.
+        identity: Everything a probed loss depends on beside layer, method and rank.
+    """
+
+    samples: Samples
+    target: Target
+    folder: Path
+    memory: LatencyTable
+    identity: str
+
+
+@dataclass(eq=False)
+class CalibratedTable:
+    """The table in the making.
+
+    Args:
+        graph: The normalized model; it is as before after every probe.
+        layers: The layers.
+        methods: Allowed decompositions by name.
+        grid_of: The ranks worth a look of every layer.
+        cache: Receives the factorizations.
+        calibration: Samples and conditions.
+        phases: Timed and shown.
+
+    Attributes:
+        means: Mean unfolded input of every layer that was calibrated, (groups, n), by layer key.
+        stops: The same layers by node key.
+    """
+
+    graph: Graph
+    layers: Sequence[Layer]
+    methods: Mapping[str, Decomposition]
+    grid_of: GridOf
+    cache: FactorizationCache
+    calibration: Calibration
+    phases: Phases
+    means: dict[str, Array] = field(default_factory=dict[str, Array], init=False)
+    stops: dict[str, Stop] = field(default_factory=dict[str, Stop], init=False)
+
+    def rows(self) -> list[Row]:
+        """Walk through the network and make every layer's row."""
+        self.stops = stops(self.graph, self.layers)
+        path = route(self.graph, {key: stop.operand for key, stop in self.stops.items()})
+        made: dict[str, Row] = {}
+        with tempfile.TemporaryDirectory(prefix="calibrate-", dir=self.calibration.folder) as room:
+            probes = self._probes(path, Path(room))
+            shared: dict[tuple[str, Hashable], Moments] = {}
+            for number, cut in enumerate(path.cuts):
+                layer = self.stops[cut.key].layer
+                with self.phases.phase("moments"):
+                    probes.front.advance(self.graph, path.fronts[number])
+                    moments = self._moments(probes, cut, shared)
+                with self.phases.phase("decompose"):
+                    gram = moments.shrunk(centred=self.stops[cut.key].centred)
+                    made[layer.key] = self._row(layer, gram)
+                self.means[layer.key] = moments.mean
+                with self.phases.phase("sensitivity"):
+                    made[layer.key] = self._probed(made[layer.key], probes, number)
+                left = {later.x for later in path.cuts[number + 1 :]}
+                for key in [key for key in shared if key[0] not in left]:
+                    del shared[key]
+            made.update(self._others(made, path, Path(room)))
+        return [made[layer.key] for layer in self.layers]
+
+    def arrays(self, layer: Layer, name: str, rank: Rank) -> Fit:
+        """A candidate's arrays, with the lost mean given back."""
+        method = self.methods[name]
+        factors = self.cache.make(layer, method).factors(rank)
+        stop = self.stops.get(layer.nodes[0])
+        if stop is None:
+            return Fit(tuple(factors))
+        return stop.corrected(method.chain(layer.shape, rank), factors, self.means[layer.key])
+
+    def _row(self, layer: Layer, gram: Array | None = None) -> Row:
+        return row_of(layer, tuple(self.methods.values()), self.grid_of(layer), self.cache, gram=gram)
+
+    def _moments(self, probes: Probes, cut: Cut, shared: dict[tuple[str, Hashable], Moments]) -> Moments:
+        """Moments of a layer's input, or those of another layer that reads it in the same way."""
+        layer, samples = self.stops[cut.key].layer, self.calibration.samples
+        unfolding = Unfolding(layer.form, layer.shape, rows_per_sample(layer.shape, len(samples.fit)))
+        key = (cut.x, unfolding.reading)
+        if key not in shared:
+            shape = layer.shape
+            sums = Accumulator(shape.groups, shape.params // (shape.groups * shape.out))
+            for batch in probes.fitting:
+                sums.add(unfolding.rows(probes.front.value(cut.x, batch)))
+            shared[key] = sums.moments()
+        return shared[key]
+
+    def _probes(self, path: Route, room: Path) -> Probes:
+        """The start of the walk, and the original's outputs on the samples that are probed with."""
+        folder = room / f"front{len(list(room.iterdir()))}"
+        folder.mkdir()
+        front = Front(folder, self.calibration.target)
+        fitting: list[int] = []
+        probing: dict[int, int] = {}
+        per_sample = sum(layer.macs for layer in self.layers) * len(self.layers) * PROBES / 2
+        most = min(max(PROBE_MACS / max(per_sample, 1), PROBE_SAMPLES[0]), PROBE_SAMPLES[1])
+        for batch, (feeds, fits, count) in enumerate(self.calibration.samples.batches()):
+            front.put(feeds)
+            if fits:
+                fitting.append(batch)
+            elif sum(probing.values()) < most:
+                probing[batch] = count
+        session = front.open(self.graph, list(path.outputs))
+        reference = [outputs for _, outputs in front.run(session, probing)]
+        return Probes(self.graph, front, path, fitting, probing, reference)
+
+    def _others(self, made: Mapping[str, Row], path: Route, room: Path) -> dict[str, Row]:
+        """Rows of layers the walk does not stop at: data-free, but probed, from the network's inputs."""
+        rest = [layer for layer in self.layers if layer.key not in made]
+        if not rest:
+            return {}
+        probes = self._probes(path, room)
+        rows: dict[str, Row] = {}
+        for layer in rest:
+            with self.phases.phase("decompose"):
+                row = self._row(layer)
+            with self.phases.phase("sensitivity"):
+                rows[layer.key] = self._probed(row, probes, 0)
+        return rows
+
+    def _probed(self, row: Row, probes: Probes, number: int) -> Row:
+        """The row with predicted losses."""
+        options = row.options[1:]
+        at = probe_at([option.error for option in options])
+        points = [(options[i].error, self._loss(row.layer, options[i], probes, number)) for i in at]
+        curve = LossCurve.through(points)
+        logger.info("%s: %s", row.layer.key, curve)
+        losses = (replace(option, probed_loss=curve.loss(option.error)) for option in options)
+        return replace(row, options=(row.keep, *losses))
+
+    def _loss(self, layer: Layer, option: Candidate, probes: Probes, number: int) -> float:
+        """The loss of one candidate, remembered or measured."""
+        text = json.dumps([self.calibration.identity, layer.key, option.method, option.rank])
+        key = "loss " + hashlib.sha256(text.encode()).hexdigest()
+        known = self.calibration.memory.fact(key)
+        if known is None:
+            chain = self.methods[option.method].chain(layer.shape, option.rank)
+            loss = probes.loss(Replacement(layer, chain, self.arrays(layer, option.method, option.rank), {}), number)
+            known = repr(loss)
+            self.calibration.memory.put_fact(key, known)
+        return float(known)
+
+
+@dataclass(frozen=True, eq=False)
+class Probes:
+    """Runs the network with one layer replaced, from the activations in front of it.
+
+    Args:
+        graph: The network.
+        front: Activations of the original.
+        path: Where the walk stops.
+        fitting: Batches moments are taken from.
+        probing: Batches losses are measured on, and the number of samples in each.
+        reference: The original's outputs on them.
+    """
+
+    graph: Graph
+    front: Front
+    path: Route
+    fitting: Sequence[int]
+    probing: Mapping[int, int]
+    reference: Sequence[Outputs]
+
+    def loss(self, replacement: Replacement, number: int) -> float:
+        """What the outputs lose by `replacement`, the front being number `number`."""
+        before = self.graph.snapshot()
+        self.graph.restore(before)  # edit a copy: the layers hold on to the present scopes
+        try:
+            splice(self.graph, [replacement])
+            wanted = self.path.beyond(number)
+            session = self.front.open(self.graph, wanted)
+        finally:
+            self.graph.restore(before)
+        reference = [{name: outputs[name] for name in wanted} for outputs in self.reference]
+        candidate = (outputs for _, outputs in self.front.run(session, self.probing))
+        return output_loss(zip(reference, candidate, self.probing.values(), strict=True))
