@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from onnx_lowrank.batching import safe_batch
 from onnx_lowrank.data import Dataset
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.metrics import Scores, metric_named
 from onnx_lowrank.runtime import open_session
-from onnx_lowrank.synthetic import batch_size
 from onnx_lowrank.target import Target
+
+AT_ONCE = 32
 
 
 def evaluate(
@@ -32,7 +34,7 @@ def evaluate(
         metric: A key of `metrics.METRICS`, or `module:function`.
         target: Where to run.
         output: The output that is scored, the first by default; a function of the user's gets them all.
-        batch: Samples per run where the model leaves it open; by default what the target is timed with.
+        batch: Samples per run where the model leaves it open; by default as many as it takes, up to 32.
 
     Raises:
         InputError: without labels, for an unknown metric or output, or if the labels do not fit it.
@@ -42,7 +44,7 @@ def evaluate(
     names = [spec.name for spec in session.signature.outputs]
     if output is not None and output not in names:
         raise InputError(f"unknown output {output!r}", f"one of {', '.join(map(repr, names))}", "name one of these")
-    size = dataset.batch or batch or batch_size(session.signature.inputs, target)
+    size = batch or safe_batch(model, dataset, target, AT_ONCE)
     scores: list[Scores] = []
     for fed in dataset.batches(size):
         if fed.labels is None:

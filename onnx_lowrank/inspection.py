@@ -18,7 +18,8 @@ from onnx_lowrank.latency.table import LatencyTable
 from onnx_lowrank.layer import Kept, Layer
 from onnx_lowrank.linalg import spectrum
 from onnx_lowrank.progress import Phases
-from onnx_lowrank.search.analysis import prepare, read_source
+from onnx_lowrank.search.prepare import prepare
+from onnx_lowrank.search.source import read_source
 from onnx_lowrank.settings import Settings
 
 ENERGIES = (0.9, 0.99)

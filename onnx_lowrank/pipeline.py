@@ -12,6 +12,7 @@ import threading
 from collections.abc import Collection, Generator, Mapping
 from pathlib import Path
 
+from onnx_lowrank.calibration.samples import batched_for
 from onnx_lowrank.catalogue import all_decompositions, split
 from onnx_lowrank.chain import Fit
 from onnx_lowrank.decomposition import Decomposition
@@ -26,8 +27,10 @@ from onnx_lowrank.progress import Phases
 from onnx_lowrank.refit import arrays, chosen_layers, refit
 from onnx_lowrank.report.assemble import assemble
 from onnx_lowrank.report.model import Report
-from onnx_lowrank.search.analysis import Source, analyse, read_source, tuned_for
+from onnx_lowrank.search.analysis import analyse
 from onnx_lowrank.search.loop import Outcome
+from onnx_lowrank.search.prepare import tuned_for
+from onnx_lowrank.search.source import Source, read_source
 from onnx_lowrank.settings import Settings
 from onnx_lowrank.target import Target
 from onnx_lowrank.validation import compare
@@ -157,8 +160,9 @@ def _fits(source: Source, a_plan: Plan, methods: Mapping[str, Decomposition], fo
         raise InputError(f"a plan of kind {a_plan.fit} without its samples", "--calibration", "give the same samples")
     chosen = chosen_layers(layers(source.graph, check=False)[0], a_plan, methods)
     target, regress = Target().exact(), a_plan.fit == REFIT
+    samples = batched_for(source.samples, source.path, target)
     with Phases().phase("refit") as advance:
-        return arrays(refit(source.graph, chosen, source.samples, target, folder, advance, regress=regress))
+        return arrays(refit(source.graph, chosen, samples, target, folder, advance, regress=regress))
 
 
 def check_paths(out: Path, *inputs: Path | str | None) -> None:

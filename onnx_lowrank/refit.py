@@ -9,6 +9,7 @@ fitted too, once something before them has changed. `regression` does one layer.
 
 from __future__ import annotations
 
+import functools
 import logging
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -148,6 +149,9 @@ class _Walk:
 
             def inputs() -> Array:
                 return unfolding.rows(self.fronts[1].value(cut.x, batch))
+
+            if not self.fits[batch]:
+                inputs = functools.cache(inputs)  # judged by many times, and few
 
             blocks[self.fits[batch]].append(Block(inputs, unfolding.targets(wanted), beside))
 

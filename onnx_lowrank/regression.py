@@ -24,7 +24,7 @@ from onnx_lowrank.layer import Array, Layer
 from onnx_lowrank.multilinear import refine
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
-RELAXATIONS = 3
+RELAXATIONS = 2
 LARGE = 2048
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+from onnx_lowrank.batching import safe_batch
 from onnx_lowrank.data import Dataset
 from onnx_lowrank.signature import Feeds
+from onnx_lowrank.target import Target
 
 BATCH_ELEMENTS = 1 << 19
 LARGEST_BATCH = 32
@@ -22,10 +25,12 @@ class Samples:
     Args:
         fit: Moments are taken from these.
         judge: Fits are chosen by these, and losses probed on them.
+        largest_batch: Samples that may be run at once; see `batched_for`.
     """
 
     fit: Dataset
     judge: Dataset
+    largest_batch: int = LARGEST_BATCH
 
     def __len__(self) -> int:
         return len(self.fit) + len(self.judge)
@@ -33,7 +38,7 @@ class Samples:
     def batches(self) -> Iterator[tuple[Feeds, bool, int]]:
         """Feeds, those for fitting first; whether they are; and how many samples are in them."""
         for part, fits in ((self.fit, True), (self.judge, False)):
-            for batch in part.batches(_batch(part)):
+            for batch in part.batches(min(_batch(part), self.largest_batch)):
                 yield batch.feeds, fits, len(batch.rows)
 
 
@@ -48,8 +53,12 @@ def divided(data: Dataset, seed: int) -> tuple[Samples, Dataset]:
     return Samples(fit, judge), held_out
 
 
+def batched_for(samples: Samples, model: Path, target: Target) -> Samples:
+    """The same, in batches no larger than `model` takes on `target`."""
+    return replace(samples, largest_batch=safe_batch(model, samples.judge, target, _batch(samples.judge)))
+
+
 def _batch(data: Dataset) -> int:
     """Samples per run: enough to keep the machine busy, few enough to hold their activations."""
-    feeds = next(data.feeds(1))
-    elements = sum(math.prod(array.shape) for array in feeds.values())
+    elements = max(sum(math.prod(array.shape[1:]) for array in part.arrays.values()) for part in data.parts)
     return min(max(BATCH_ELEMENTS // max(elements, 1), 1), LARGEST_BATCH)

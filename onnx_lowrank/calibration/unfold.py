@@ -20,9 +20,9 @@ from onnx_lowrank.layer import Array, Form, Geometry, LayerShape, Shape
 Values = NDArray[np.generic]
 # Rows of a layer: more make its moments better and take longer. Not fewer than this many per unfolded input, else as
 # many as this many multiplications pay for, up to a limit.
-ROWS_PER_INPUT = 6
+ROWS_PER_INPUT = 4
 WORK = 4e11
-MOST_ROWS = 100_000
+MOST_ROWS = 40_000
 
 
 def rows_per_sample(shape: LayerShape, samples: int) -> int:
@@ -83,20 +83,22 @@ class Unfolding:
         """Rows of one operand of y = x W^T; a stack of products has one group per matrix."""
         if transposed:
             array = array.T
-        left = self.form.side == "left"
-        if left:
+        if self.form.side == "left" and array.ndim > 1:  # a vector is a column on the right, too
             array = array.swapaxes(-1, -2)
-        groups = self.shape.groups
+        batch, groups = self.form.batch, self.shape.groups
+        lead = np.broadcast_shapes(array.shape[:-2], batch)
+        length = array.shape[-2] if array.ndim > 1 else 1
+        stacked = np.broadcast_to(array.reshape(*array.shape[:-2], length, width), (*lead, length, width))
+        if not lead:  # every row is, or may be, a sample of its own: nothing to choose from
+            return stacked.reshape(-1, 1, width)
         if groups > 1:
-            length = array.shape[-2]
-            lead = np.broadcast_shapes(array.shape[:-2], self.form.batch)
-            stacked = np.broadcast_to(array, (*lead, length, width)).reshape(-1, groups, length, width)
-            flat = stacked.swapaxes(1, 2).reshape(-1, length, groups, width)
+            # Axes of the stack are told from those its matrices are broadcast over.
+            sizes = (1,) * (len(lead) - len(batch)) + batch
+            order = sorted(range(len(lead)), key=lambda axis: sizes[axis] > 1)
+            ordered = stacked.transpose(*order, -2, -1).reshape(-1, groups, length, width)
+            flat = ordered.swapaxes(1, 2)
         else:
-            samples = array.shape[0] if array.ndim > 2 else 1
-            flat = array.reshape(samples, -1, 1, width)
-        if array.ndim == 2 and not left:  # one row per sample: nothing to choose from
-            return flat.reshape(-1, groups, width)
+            flat = stacked.reshape(lead[0], -1, 1, width)
         chosen = self._chosen(flat.shape[1], flat.shape[1:2])
         return flat[:, chosen].reshape(-1, groups, width)
 

@@ -37,7 +37,7 @@ CONSTANT = -1
 
 
 class CannotCutError(Exception):
-    """A tensor that would have to be carried is no array (a sequence or a map)."""
+    """A tensor that would have to be carried is no array of numbers (a sequence, a map, text)."""
 
 
 @dataclass(frozen=True)
@@ -204,8 +204,9 @@ class Front:
         self._files.setdefault(name, []).append(self._write(name, value))
 
     def _write(self, name: str, value: Values) -> Path:
-        if not isinstance(value, np.ndarray):  # pyright: ignore[reportUnnecessaryIsInstance] - sequences are lists
-            raise CannotCutError(f"{name!r} holds a {type(value).__name__}, not an array")
+        if not isinstance(value, np.ndarray) or value.dtype.hasobject:  # pyright: ignore[reportUnnecessaryIsInstance] - sequences are lists
+            kind = "text" if isinstance(value, np.ndarray) else type(value).__name__  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise CannotCutError(f"{name!r} holds a {kind}, not an array of numbers")
         self._types[name] = onnx.helper.np_dtype_to_tensor_dtype(value.dtype)
         self._number += 1
         path = self._folder / f"{self._number}.npy"

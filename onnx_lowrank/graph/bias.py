@@ -14,6 +14,7 @@ from onnx import NodeProto, TensorProto
 from onnx_lowrank.graph.applied import Applied
 from onnx_lowrank.graph.scope import Scope
 from onnx_lowrank.graph.tensor import DEFAULT_DOMAINS
+from onnx_lowrank.graph.weights import Constant, constant
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +68,7 @@ def bias_slot(scope: Scope, node: NodeProto, use: Applied) -> BiasSlot | None:
     if use.form.elem_type not in {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16}:
         return None
     if use.form.op == "Conv":
-        known = not use.form.bias or scope.array(node.input[2]) is not None
+        known = not use.form.bias or _fixed(scope, node.input[2]) is not None
         return BiasSlot(scope, node, 2, (channels,)) if known else None
     if use.form.side == "left" or use.shape.groups > 1:
         return None
@@ -84,6 +85,11 @@ def bias_slot(scope: Scope, node: NodeProto, use: Applied) -> BiasSlot | None:
 
 def _vector(scope: Scope, name: str, channels: int) -> tuple[int, ...] | None:
     """Shape of a constant that holds one value per channel on its last axis, else None."""
-    value = scope.array(name)
+    value = _fixed(scope, name)
     fits = value is not None and value.ndim >= 1 and value.size == channels == value.shape[-1]
     return value.shape if value is not None and fits else None
+
+
+def _fixed(scope: Scope, name: str) -> NDArray[np.generic] | None:
+    """Value of a constant that no caller may override, else None."""
+    return scope.array(name) if isinstance(constant(scope, name), Constant) else None

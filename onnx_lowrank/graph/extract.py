@@ -45,6 +45,7 @@ def extract(graph: Graph, known: Mapping[str, int], wanted: Sequence[str]) -> Mo
     bodies: dict[int, list[Body]] = {}
     for body in scope.children:
         bodies.setdefault(id(body.node), []).append(body)
+    made.sparse_initializer.extend(t for t in scope.proto.sparse_initializer if t.values.name in needed)
     for node in chosen:
         made.node.append(_with_bodies(node, bodies.get(id(node), ())))
     model = ModelProto()

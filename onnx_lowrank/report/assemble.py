@@ -20,12 +20,16 @@ from onnx_lowrank.progress import Phases
 from onnx_lowrank.report.build import layer_rows
 from onnx_lowrank.report.model import Accuracy, Dropped, GoalRow, Latency, Loss, Report, Size
 from onnx_lowrank.runtime import versions
-from onnx_lowrank.search.analysis import REPORT_SEED, Analysis, Source
+from onnx_lowrank.search.analysis import REPORT_SEED, Analysis
 from onnx_lowrank.search.bisection import first_difference
 from onnx_lowrank.search.loop import GOAL_SHARE
+from onnx_lowrank.search.source import Source
 from onnx_lowrank.search.survey import survey
 from onnx_lowrank.settings import Settings
 from onnx_lowrank.validation import Validation, compare
+
+# Below this speedup by low rank alone the report says that it is not worth it.
+WORTH_IT = 1.1
 
 
 def assemble(analysis: Analysis, settings: Settings, path: Path, phases: Phases) -> Report:
@@ -52,7 +56,7 @@ def assemble(analysis: Analysis, settings: Settings, path: Path, phases: Phases)
         accuracy = _accuracy(source, path, settings) if native else None
     with phases.phase("count"):
         size = _size(analysis, path)
-        remarks = _remarks(analysis, path, found)
+        remarks = _remarks(analysis, path, found, latency)
     return Report(
         model={"path": str(source.path), "sha256": source.sha256, "opset": analysis.ready.survey.graph.opset},
         target=_target(settings),
@@ -64,6 +68,7 @@ def assemble(analysis: Analysis, settings: Settings, path: Path, phases: Phases)
             _names(analysis),
             by_time=not isinstance(settings.goal, KeepMacs | KeepParams),
             refitted=analysis.bench.refitted(best.plan),
+            put_back=analysis.outcome.put_back,
         ),
         latency=latency,
         fidelity=_fidelity(found),
@@ -151,9 +156,15 @@ def _accuracy(source: Source, path: Path, settings: Settings) -> Accuracy | None
     )
 
 
-def _remarks(analysis: Analysis, path: Path, found: Validation) -> list[str]:
+def _remarks(analysis: Analysis, path: Path, found: Validation, latency: Latency) -> list[str]:
     """What the figures alone do not say."""
     remarks: list[str] = []
+    gain = latency.low_rank_speedup
+    if any(candidate.chain for candidate in analysis.outcome.best.chosen) and gain < WORTH_IT:
+        low, high = latency.low_rank_ci95
+        remarks.append(
+            f"low rank alone makes it {gain:.3f}x as fast ({low:.3f} to {high:.3f}): hardly worth what it costs"
+        )
     inputs = [{value.name for value in io.load(p).to_proto().graph.input} for p in (analysis.source.path, path)]
     if gone := inputs[0] - inputs[1]:
         remarks.append(f"{len(gone)} initializers that were listed as inputs too (IR version 3 style) no longer are")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from onnx_lowrank.candidates import Candidate
@@ -20,6 +20,7 @@ def layer_rows(
     *,
     by_time: bool,
     refitted: Mapping[str, Refitted] | None = None,
+    put_back: Collection[str] = (),
 ) -> tuple[LayerRow, ...]:
     """One row per weight-bearing node, in graph order.
 
@@ -29,6 +30,7 @@ def layer_rows(
         chosen: The choice for every factorable layer.
         names: Node key -> the name the user knows, in graph order.
         by_time: Whether a chain had to be faster than its layer.
+        put_back: Keys of layers whose chains were taken out of the finished model again.
         refitted: Errors with the inputs of the compressed network, by layer key.
     """
     choices = {candidate.key: candidate for candidate in chosen}
@@ -37,6 +39,8 @@ def layer_rows(
         choice = choices.get(row.layer.key, row.keep)
         for node in row.layer.nodes:
             made = _layer_row(row, choice, names.get(node, node), by_time=by_time)
+            if row.layer.key in put_back:
+                made = replace(made, reason="put back: the finished model is no slower without its chain")
             found[node] = _with_refit(made, (refitted or {}).get(row.layer.key))
     order = {key: position for position, key in enumerate(names)}
     return tuple(found[key] for key in sorted(found, key=lambda key: order.get(key, len(order))))

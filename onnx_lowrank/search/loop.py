@@ -32,6 +32,10 @@ AIM = 1.02
 ERROR_AIM = 0.9
 # Faster than the goal by more than this is accuracy given away: try again with the corrected prediction.
 OVERSHOOT = 1.05
+# A chain that takes more than this share of its layer's time is tried without, and left out if the model is then at
+# least this fast in comparison.
+DOUBTFUL = 0.95
+NO_SLOWER = 0.995
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,11 +72,19 @@ class Attempt:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """The best attempt, whether it reached the goal, and why, in words."""
+    """The best attempt, whether it reached the goal, and why, in words.
+
+    Args:
+        best: The attempt.
+        reached: Whether it reaches the goal.
+        reason: Why, in words.
+        put_back: Keys of layers whose chains were taken out again: the finished model is no slower without them.
+    """
 
     best: Attempt
     reached: bool
     reason: str
+    put_back: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +154,7 @@ class Loop:
         reached = [attempt for attempt in attempts if _standing(goal, attempt)[0]]
         if reached:
             best = min(reached, key=lambda attempt: attempt.loss)
-            return Outcome(best, reached=True, reason="measured")
+            return self._guarded(best, lambda other: _standing(goal, other)[0], "measured")
         best = max(attempts, key=lambda attempt: _standing(goal, attempt)[1])
         speed = best.race.ratio(0, 2) if best.race else None
         if best.race is not None and best.race.ratio(1, 2).value <= 1:
@@ -181,7 +193,8 @@ class Loop:
         if not check and best.race is not None and best.race.ratio(1, 2).high < 1:
             reason = f"what stays within the limit is slower ({best.race.ratio(1, 2)}): every layer is kept"
             return Outcome(self._attempt(self._keep_all(), self.prediction), reached=True, reason=reason)
-        return Outcome(best, reached=True, reason=f"{best.error:.4g} is within {goal.value:g} on other samples")
+        within = f"{best.error:.4g} is within {goal.value:g} on other samples"
+        return Outcome(best, reached=True, reason=within) if check else self._guarded(best, lambda _: True, within)
 
     def _within(self, loss: float) -> tuple[Candidate, ...]:
         """The fastest choice whose predicted loss is at most `loss`: bisection on the latency allowed."""
@@ -198,6 +211,20 @@ class Loop:
             else:
                 fast = middle
         return best
+
+    def _guarded(self, best: Attempt, reaches: Callable[[Attempt], bool], reason: str) -> Outcome:
+        """The best attempt without the chains that save next to nothing by themselves, if it is no slower for it."""
+        dense = {row.layer.key: row.keep for row in self.prediction.rows}
+        doubtful = {c.key for c in best.chosen if c.chain and c.cost("ms") > DOUBTFUL * dense[c.key].cost("ms")}
+        if not doubtful or self.bench.late:
+            return Outcome(best, reached=True, reason=reason)
+        fewer = tuple(dense[c.key] if c.key in doubtful else c for c in best.chosen)
+        other = self.timed(self._attempt(fewer, self.prediction, finished=best.error is not None))
+        race = self.bench.racer.race([Contestant(best.path, best.level), Contestant(other.path, other.level)])
+        logger.info("without %d doubtful chains: %s as fast", len(doubtful), race.ratio(0, 1))
+        if race.ratio(0, 1).value < NO_SLOWER or not reaches(other):
+            return Outcome(best, reached=True, reason=reason)
+        return Outcome(replace(other, error=best.error), reached=True, reason=reason, put_back=tuple(sorted(doubtful)))
 
     def _keep_all(self) -> tuple[Candidate, ...]:
         return tuple(row.keep for row in self.prediction.rows if row.factorable)
