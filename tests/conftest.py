@@ -23,5 +23,5 @@ def quick(latencies: Path) -> Iterator[None]:
     """Short races: what tiny models gain does not matter to tests, only that they were really run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(CACHE_VARIABLE, str(latencies))
-        patch.setattr("onnx_lowrank.search.analysis.Racer", partial(Racer, seconds=0.3))
+        patch.setattr("onnx_lowrank.search.prepare.Racer", partial(Racer, seconds=0.3))
         yield
