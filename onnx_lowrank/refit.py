@@ -22,6 +22,7 @@ from onnx_lowrank.calibration.unfold import Unfolding, rows_per_sample
 from onnx_lowrank.calibration.walk import Cut, Front, Values, route
 from onnx_lowrank.chain import Fit
 from onnx_lowrank.decomposition import Decomposition
+from onnx_lowrank.graph.keys import traceable
 from onnx_lowrank.graph.model import Graph
 from onnx_lowrank.layer import Array, Layer
 from onnx_lowrank.plan import Plan
@@ -69,7 +70,7 @@ def refit(
     factored = [one for one in chosen if one.method is not None]
     if not factored:
         return found
-    twin = Graph(graph.to_proto(), graph.folder, graph.external)
+    twin = _twin(graph)
     with tempfile.TemporaryDirectory(prefix="refit-", dir=folder) as room:
         walk = _Walk(graph, twin, chosen if regress else factored, samples, target, Path(room), regress=regress)
         for number in range(len(walk.path.cuts)):
@@ -100,11 +101,11 @@ class _Walk:
         self.original, self.compressed, self.samples, self.regress = original, compressed, samples, regress
         self.stops = stops(original, (one.layer for one in chosen))
         self.chosen = {one.layer.key: one for one in chosen}
-        fitted = {stop.layer.key for stop in self.stops.values()}
+        self.path = route(original, {key: stop.operand for key, stop in self.stops.items()})
+        fitted = {self.stops[cut.key].layer.key for cut in self.path.cuts}
         rest = [one for one in chosen if one.method is not None and one.layer.key not in fitted]
         splice(compressed, [_replacement(one, Fit(one.factors(one.layer.read()))) for one in rest])
         self.changed = bool(rest)
-        self.path = route(original, {key: stop.operand for key, stop in self.stops.items()})
         self.fronts = (Front(_made(folder / "original"), target), Front(_made(folder / "compressed"), target))
         self.fits: list[bool] = []
         for feeds, fits, _ in samples.batches():
@@ -141,6 +142,9 @@ class _Walk:
         blocks: dict[bool, list[Block]] = {True: [], False: []}
 
         def hear(batch: int, y: Values) -> None:
+            now = self.fronts[1].value(cut.x, batch)
+            if now.shape != self.fronts[0].value(cut.x, batch).shape:
+                return  # shapes that depend on values: no row has a counterpart
             wanted, beside = y, None
             if cut.beside is not None:
                 before, now = (held.value(cut.beside, batch) for held in self.fronts)
@@ -157,6 +161,14 @@ class _Walk:
 
         self.fronts[0].advance(self.original, front, cut.y, hear)
         return LayerData(blocks[True], blocks[False], cut.relu)
+
+
+def _twin(graph: Graph) -> Graph:
+    """A copy in which every node is named by its key, so that keys stay what they are while other nodes go."""
+    twin = Graph(traceable(graph), graph.folder, graph.external)
+    for scope in twin.scopes():
+        scope.path = ""
+    return twin
 
 
 def _replacement(one: Chosen, fit: Fit) -> Replacement:

@@ -110,6 +110,8 @@ def fit_chain(one: Chosen, data: LayerData, inside: Array | None, *, regress: bo
     for block in data.fit:
         sums.add(block.inputs(), block.own)
     moments = sums.moments()
+    if not moments.count:
+        return Refitted(None if one.method is None else Fit(one.factors(weight)), 0.0, 0.0, "data-free: no rows")
 
     def tried(what: str, factors: tuple[Array, ...], seen: Moments) -> _Try:
         matrix = one.chain.dense(factors).reshape(weight.shape)

@@ -40,6 +40,7 @@ def assemble(analysis: Analysis, settings: Settings, path: Path, phases: Phases)
             not, or it misses the error limit that was asked for.
     """
     best = analysis.outcome.best
+    refitted = analysis.bench.refitted(best.plan)
     with phases.phase("write"):
         analysis.bench.finish(best.plan, path.name)
     with phases.phase("validate"):
@@ -67,7 +68,7 @@ def assemble(analysis: Analysis, settings: Settings, path: Path, phases: Phases)
             best.chosen,
             _names(analysis),
             by_time=not isinstance(settings.goal, KeepMacs | KeepParams),
-            refitted=analysis.bench.refitted(best.plan),
+            refitted=refitted,
             put_back=analysis.outcome.put_back,
         ),
         latency=latency,
