@@ -78,7 +78,9 @@ def optimize(
             report = assemble(analysis, settings, folder / out.name, phases)
         except NonFiniteResultError as error:
             reached = isinstance(settings.goal, MaxError)
-            analysis = analysis.keeping_all(f"factorized, {error.got}: every layer is kept", reached=reached)
+            analysis = analysis.keeping_all(
+                f"factorized, {error.got}: the original is written as it is", reached=reached
+            )
             report = assemble(analysis, settings, folder / out.name, phases)
         publish(folder / out.name, out)
     return report, analysis.outcome.best.plan
@@ -139,11 +141,14 @@ def apply(
     _check_conditions(source, a_plan, force=force)
     passes, methods = split(a_plan.passes)
     allowed = all_decompositions() | {method.name: method for method in methods}
-    PassManager(passes).run(source.graph)
     with staging(out) as folder:
-        fits = _fits(source, a_plan, allowed, folder)
-        PassManager([Factor(a_plan, allowed, fits=fits)]).run(source.graph)
-        io.save(source.graph, folder / out.name)
+        if a_plan.changes_nothing:
+            io.copy(model, folder / out.name)
+        else:
+            PassManager(passes).run(source.graph)
+            fits = _fits(source, a_plan, allowed, folder)
+            PassManager([Factor(a_plan, allowed, fits=fits)]).run(source.graph)
+            io.save(source.graph, folder / out.name)
         _try_out(source, folder / out.name)
         publish(folder / out.name, out)
 

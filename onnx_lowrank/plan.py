@@ -81,6 +81,11 @@ class Plan:
         return json.dumps(asdict(self), indent=1) + "\n"
 
     @property
+    def changes_nothing(self) -> bool:
+        """Whether it describes the original itself: no pass, and every layer kept."""
+        return not self.passes and all(choice.keeps for choice in self.layers)
+
+    @property
     def digest(self) -> str:
         """Short hash of everything that determines the rewritten model; stamped into its nodes."""
         decisive = [(c.key, c.method, list(c.rank)) for c in self.layers]

@@ -142,8 +142,7 @@ class _Walk:
         blocks: dict[bool, list[Block]] = {True: [], False: []}
 
         def hear(batch: int, y: Values) -> None:
-            now = self.fronts[1].value(cut.x, batch)
-            if now.shape != self.fronts[0].value(cut.x, batch).shape:
+            if len({held.shape(cut.x, batch) for held in self.fronts}) > 1:
                 return  # shapes that depend on values: no row has a counterpart
             wanted, beside = y, None
             if cut.beside is not None:

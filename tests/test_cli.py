@@ -275,7 +275,7 @@ def test_verbose_logs_on_standard_error(folder: Path, capsys: Captured) -> None:
     )
     captured = capsys.readouterr()
     assert json.loads(captured.out)["goal"]["kind"] == "max-error"
-    assert "relative error" in captured.err
+    assert "predicted loss" in captured.err
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["optimize", "--help"]])

@@ -155,6 +155,10 @@ class Front:
         """One tensor of one batch."""
         return np.load(self._files[name][batch])
 
+    def shape(self, name: str, batch: int) -> tuple[int, ...]:
+        """Its shape; the values are not read."""
+        return np.load(self._files[name][batch], mmap_mode="r").shape
+
     def open(self, graph: Graph, wanted: Sequence[str]) -> Session:
         """The part of `graph` that computes `wanted` from what is held."""
         part = extract(graph, self._types, wanted)

@@ -88,6 +88,23 @@ def save(graph: Graph, path: Path) -> None:
         ) from error
 
 
+def copy(source: Path, path: Path) -> None:
+    """Write a model again, byte for byte; one with external data gets a data file of its own, as `save` names it.
+
+    Raises:
+        InputError: if the file cannot be read or written.
+    """
+    graph = load(source)
+    if graph.external:
+        save(graph, path)
+        return
+    try:
+        with _replacing(path) as file:
+            file.write(source.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path} ({error.strerror})", "a path that can be written", "choose another") from error
+
+
 def model_sha256(path: Path) -> str:
     """SHA-256 over a model file and the external files it names, in the order of their names.
 

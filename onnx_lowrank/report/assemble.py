@@ -99,7 +99,7 @@ def assemble(analysis: Analysis, settings: Settings, path: Path, phases: Phases)
                 "seconds": round(record.seconds, 4),
                 "notes": [f"{note.node}: {note.text}" for note in record.notes],
             }
-            for record in (*analysis.ready.records, best.record)
+            for record in (*(() if best.plan.changes_nothing else analysis.ready.records), best.record)
         ),
         notes=tuple(dict.fromkeys((*analysis.ready.notes, *found.notes, *remarks))),
         bisect=bisected,

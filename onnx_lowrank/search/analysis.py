@@ -52,9 +52,9 @@ class Analysis:
     outcome: Outcome
 
     def keeping_all(self, reason: str, *, reached: bool) -> Analysis:
-        """The same with every layer kept, for when the best model found must not be written."""
+        """The same with the original as it is, for when the best model found must not be written."""
         best, chosen = self.outcome.best, tuple(row.keep for row in self.rows if row.factorable)
-        plan = _plan(self.source, self.ready, chosen, best.plan.fit)
+        plan = replace(_plan(self.source, self.ready, chosen, DATA_FREE), passes=())
         path, record = self.bench.realise(plan)
         dense_ms = best.predicted_ms / best.predicted_share
         kept = Attempt(chosen, plan, path, record, predicted_ms=dense_ms, predicted_share=1.0)
@@ -83,7 +83,7 @@ def analyse(source: Source, settings: Settings, folder: Path, phases: Phases) ->
         ready = replace(ready, notes=(*ready.notes, f"no calibration: {error} would have to be carried along"))
         source, cache = replace(source, samples=None), FactorizationCache(settings.memory_limit, folder)
         rows, timer, table = candidates(source, ready, settings, cache, phases)
-    bench = Bench(source.graph, ready.methods, cache, ready.racer, folder, deadline, table, phases)
+    bench = Bench(source.path, source.graph, ready.methods, cache, ready.racer, folder, deadline, table, phases)
     fit = DATA_FREE if table is None else REFIT if settings.refit else CALIBRATED
 
     def plan_of(chosen: Sequence[Candidate]) -> Plan:
@@ -95,7 +95,8 @@ def analyse(source: Source, settings: Settings, folder: Path, phases: Phases) ->
         given = None if source.samples is None else source.samples.judge
         metric, data = settings.error_metric, given or source.data
         found = compare(source.path, model, settings.target, data, seed=settings.seed, error_metric=metric)
-        return found.error(metric)
+        broken = any(output.non_finite_new for output in found.outputs)
+        return math.inf if broken else found.error(metric)
 
     with phases.phase("search"):
         baseline = ready.racer.race([ready.normalized]).timings[0].median_ms

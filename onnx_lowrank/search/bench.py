@@ -28,6 +28,7 @@ class Bench:
     """Realises plans.
 
     Args:
+        original: The user's file.
         graph: The normalized model; it is as before after every realisation.
         methods: Decompositions by name.
         cache: Factorizations made so far.
@@ -38,6 +39,7 @@ class Bench:
         phases: Timed and shown.
     """
 
+    original: Path
     graph: Graph
     methods: Mapping[str, Decomposition]
     cache: FactorizationCache
@@ -83,6 +85,9 @@ class Bench:
     def _written(self, plan: Plan, fits: Mapping[str, Fit], name: str | None) -> tuple[Path, PassRecord]:
         self._number += 1
         path = self.folder / (name or f"trial{self._number}.onnx")
+        if plan.changes_nothing:
+            io.copy(self.original, path)
+            return path, PassRecord(Factor.name, {}, modified=False, seconds=0.0, notes=())
         before = self.graph.snapshot()
         # Edit a copy: the surveyed layers hold on to the present scopes, and would to the new weights in them.
         self.graph.restore(before)

@@ -12,7 +12,7 @@ from onnx_lowrank.candidates import Candidate
 from onnx_lowrank.goals import Goal, KeepMacs, KeepParams, LatencyMs, Speedup
 from onnx_lowrank.latency.measure import Paired
 from onnx_lowrank.pass_manager import PassRecord
-from onnx_lowrank.plan import Plan
+from onnx_lowrank.plan import DATA_FREE, Plan
 from onnx_lowrank.search.bench import Bench
 from onnx_lowrank.search.prediction import Prediction, size_problem
 from onnx_lowrank.search.racer import Contestant
@@ -159,7 +159,7 @@ class Loop:
         speed = best.race.ratio(0, 2) if best.race else None
         if best.race is not None and best.race.ratio(1, 2).value <= 1:
             reason = f"nothing was faster than keeping every layer (best found: {best.race.ratio(1, 2)})"
-            return Outcome(self._attempt(self._keep_all(), self.prediction), reached=False, reason=reason)
+            return self._kept(reason, reached=False)
         limit = f"the fastest choice of all layers is predicted at {self.prediction.fastest_ms():.3g} ms"
         return Outcome(best, reached=False, reason=f"best found: {speed} as fast as the original; {limit}")
 
@@ -187,12 +187,12 @@ class Loop:
             if not trail.learn(attempt.loss, error):
                 break
         if not any(candidate.chain for candidate in best.chosen):
-            return Outcome(best, reached=True, reason="no rewrite stays within the limit: every layer is kept")
+            return self._kept("no rewrite stays within the limit: every layer is kept", reached=True)
         best = self.timed(best)
         check = any(candidate.exact for candidate in best.chosen)  # full rank: slower, and meant to be
         if not check and best.race is not None and best.race.ratio(1, 2).high < 1:
             reason = f"what stays within the limit is slower ({best.race.ratio(1, 2)}): every layer is kept"
-            return Outcome(self._attempt(self._keep_all(), self.prediction), reached=True, reason=reason)
+            return self._kept(reason, reached=True)
         within = f"{best.error:.4g} is within {goal.value:g} on other samples"
         return Outcome(best, reached=True, reason=within) if check else self._guarded(best, lambda _: True, within)
 
@@ -225,6 +225,17 @@ class Loop:
         if race.ratio(0, 1).value < NO_SLOWER or not reaches(other):
             return Outcome(best, reached=True, reason=reason)
         return Outcome(replace(other, error=best.error), reached=True, reason=reason, put_back=tuple(sorted(doubtful)))
+
+    def _kept(self, reason: str, *, reached: bool) -> Outcome:
+        """Every layer kept: the normalized model where it was measured faster than the original, else the original."""
+        attempt = self._attempt(self._keep_all(), self.prediction)
+        gain = self.bench.racer.race([self.original, self.normalized]).ratio(0, 1)
+        if gain.low > 1:
+            return Outcome(attempt, reached, f"{reason}; normalized, the model is {gain} as fast")
+        plan = replace(attempt.plan, passes=(), fit=DATA_FREE)
+        path, record = self.bench.realise(plan)
+        original = replace(attempt, plan=plan, path=path, record=record, predicted_share=gain.value)
+        return Outcome(original, reached, f"{reason}; the original is written as it is")
 
     def _keep_all(self) -> tuple[Candidate, ...]:
         return tuple(row.keep for row in self.prediction.rows if row.factorable)
