@@ -16,6 +16,8 @@ Cost = Literal["ms", "macs", "params"]
 # Kernels differ in efficiency: a format with up to this many times the padded MACs of another may still be the faster.
 FORMAT_SLACK = 1.5
 SMALLEST_SHARE = 1e-9
+# A layer of this many channel blocks or more has ranks enough among their multiples.
+WIDE = 16
 
 
 @dataclass(frozen=True)
@@ -128,9 +130,13 @@ class Grid:
         return Grid(block, block)
 
     @staticmethod
-    def of_size(shape: LayerShape) -> Grid:
-        """Ranks for goals of size, where every one counts for itself: about 32 on the smaller side of a layer."""
-        return Grid(max(1, min(shape.out, shape.in_) // 32), 1, 32)
+    def of_size(shape: LayerShape, block: int) -> Grid:
+        """Ranks for goals of size, where every one counts for itself.
+
+        Wide layers have multiples of the block enough, and lose no time by them; of narrow ones about 32 ranks.
+        """
+        side = min(shape.out, shape.in_)
+        return Grid(block if side >= WIDE * block else max(1, side // 32), 1, 32)
 
 
 def candidate(layer: Layer, method: Decomposition, factorization: Factorization, rank: Rank, block: int) -> Candidate:

@@ -9,11 +9,11 @@ from builders import conv_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnx_lowrank.candidates import FORMAT_SLACK, Candidate, Problem, candidate, front, keep, worth_timing
+from onnx_lowrank.candidates import FORMAT_SLACK, Candidate, Grid, Problem, candidate, front, keep, worth_timing
 from onnx_lowrank.graph.check import inferred_shapes
 from onnx_lowrank.graph.layers import layers, shapes_as_trace
 from onnx_lowrank.graph.model import Graph
-from onnx_lowrank.layer import Layer
+from onnx_lowrank.layer import Layer, LayerShape
 from onnx_lowrank.passes.decompose import decompositions
 
 METHODS = decompositions()
@@ -118,3 +118,13 @@ def test_problem_sums_and_finds_the_cheapest() -> None:
 def test_a_layer_given_up_costs_more_than_many_layers_trimmed_but_no_infinity() -> None:
     assert 30 * option(0.4, 1.0).loss < option(1.0, 1.0).loss < math.inf
     assert option(0.0, 1.0).loss == 0.0
+
+
+@pytest.mark.parametrize(
+    ("sides", "block", "step"), [((32, 64), 16, 1), ((64, 128), 16, 2), ((384, 1536), 16, 16), ((512, 512), 8, 8)]
+)
+def test_goals_of_size_see_ranks_within_a_block_of_narrow_layers_only(
+    sides: tuple[int, int], block: int, step: int
+) -> None:
+    grid = Grid.of_size(LayerShape(1, *sides, (3, 3)), block)
+    assert (grid.step, grid.block) == (step, 1)

@@ -46,7 +46,7 @@ def candidates(
     table = LatencyTable()
     by_size = isinstance(settings.goal, KeepMacs | KeepParams)
     with phases.phase("channel grid"):
-        grid_of = _size_grid if by_size else _machine_grid(found, settings.target, table)
+        grid_of = _grid(found, settings.target, table, by_size=by_size)
     exact = settings.allocator == FULL_RANK
     calibrated = None
     if source.samples is None or exact or ready.racer.as_float32:
@@ -63,16 +63,17 @@ def candidates(
     return rows, timer, calibrated
 
 
-def _size_grid(layer: Layer) -> Grid:
-    return Grid.of_size(layer.shape)
-
-
-def _machine_grid(found: Survey, target: Target, table: LatencyTable) -> GridOf:
-    """Ranks that fill the channel blocks of the target, probed for the operators there are."""
+def _grid(found: Survey, target: Target, table: LatencyTable, *, by_size: bool) -> GridOf:
+    """Ranks worth a look, from the channel blocks of the target, probed for the operators there are."""
     ops = {layer.form.op for layer in found.layers}
     kinds: list[Kind] = [*(["conv"] if "Conv" in ops else []), *(["matmul"] if ops - {"Conv"} else [])]
     blocks: dict[str, int] = {kind: channel_block(target, table, kind) for kind in kinds}
-    return lambda layer: Grid.of_machine(blocks["conv" if layer.form.op == "Conv" else "matmul"])
+
+    def grid_of(layer: Layer) -> Grid:
+        block = blocks["conv" if layer.form.op == "Conv" else "matmul"]
+        return Grid.of_size(layer.shape, block) if by_size else Grid.of_machine(block)
+
+    return grid_of
 
 
 def _of_size(
