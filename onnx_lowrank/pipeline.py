@@ -159,7 +159,7 @@ def _fits(source: Source, a_plan: Plan, methods: Mapping[str, Decomposition], fo
     Raises:
         InputError: if the samples are missing or too few.
     """
-    if a_plan.fit == DATA_FREE:
+    if a_plan.fit == DATA_FREE or all(choice.keeps for choice in a_plan.layers):
         return {}
     if source.samples is None:
         raise InputError(f"a plan of kind {a_plan.fit} without its samples", "--calibration", "give the same samples")

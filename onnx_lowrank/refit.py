@@ -67,12 +67,11 @@ def refit(
         that is computed) are not in it and stay data-free.
     """
     found: dict[str, Refitted] = {}
-    factored = [one for one in chosen if one.method is not None]
-    if not factored:
+    if all(one.method is None for one in chosen):
         return found
     twin = _twin(graph)
     with tempfile.TemporaryDirectory(prefix="refit-", dir=folder) as room:
-        walk = _Walk(graph, twin, chosen if regress else factored, samples, target, Path(room), regress=regress)
+        walk = _Walk(graph, twin, chosen, samples, target, Path(room), regress=regress)
         for number in range(len(walk.path.cuts)):
             found.update(walk.step(number))
             progress(number + 1, len(walk.path.cuts))
@@ -121,7 +120,7 @@ class _Walk:
         stop = self.stops[cut.key]
         one = self.chosen[stop.layer.key]
         found: dict[str, Refitted] = {}
-        if one.method is None and not self.changed:
+        if one.method is None and not (self.changed and self.regress):
             self.fronts[0].advance(self.original, front)
         else:
             channels = one.layer.shape.groups * one.layer.shape.out
@@ -147,7 +146,7 @@ class _Walk:
             wanted, beside = y, None
             if cut.beside is not None:
                 before, now = (held.value(cut.beside, batch) for held in self.fronts)
-                if before.shape == y.shape:
+                if before.shape == now.shape == y.shape:
                     wanted, beside = y + before, unfolding.targets(now)
 
             def inputs() -> Array:

@@ -127,8 +127,10 @@ def fit_chain(one: Chosen, data: LayerData, inside: Array | None, *, regress: bo
         share, wanted = _regressed(weight, moments, data, centred=centred)
         gram = ridged(moments.gram(centred=centred), share)
         start = tried(f"regression, ridge {share:g}", one.factors(wanted, gram), moments)
-        found = [start, tried(f"{start.what}, refined", one.refined(start.factors, wanted, gram), moments)]
-        best = min([plain, *found], key=lambda entry: entry.error)
+        found = [plain, start]
+        if one.method is not None:
+            found.append(tried(f"{start.what}, refined", one.refined(start.factors, wanted, gram), moments))
+        best = min(found, key=lambda entry: entry.error)
         if data.relu:
             best = _relaxed(one, data, moments, weight, share, best, tried)
     kept = one.method is None and best is plain
@@ -188,5 +190,8 @@ def ridged(gram: Array, share: float) -> Array:
 
 def _solve(gram: Array, right: Array) -> Array:
     """X with X gram = right."""
-    factor = scipy.linalg.cho_factor(gram, lower=True, check_finite=False)
+    try:
+        factor = scipy.linalg.cho_factor(gram, lower=True, check_finite=False)
+    except scipy.linalg.LinAlgError:  # rounding of nearly dependent inputs
+        return np.linalg.lstsq(gram, right.T, rcond=1e-7)[0].T
     return scipy.linalg.cho_solve(factor, right.T, check_finite=False).T

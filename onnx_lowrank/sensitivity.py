@@ -17,7 +17,7 @@ import numpy as np
 from onnx_lowrank.fidelity import FidelityMeter
 
 PROBES = 4
-SMALLEST = 1e-12
+SMALLEST, RUIN = 1e-12, 1e6
 # A loss is second order in the error where both are small.
 ORDER = 2.0
 Outputs = Mapping[str, object]
@@ -67,8 +67,11 @@ def probe_at(errors: Sequence[float], count: int = PROBES) -> list[int]:
 
 
 def output_loss(batches: Iterable[tuple[Outputs, Outputs, int]]) -> float:
-    """Loss of a network's outputs against the original's, over (original, other, samples) of every batch."""
+    """Loss of a network's outputs against the original's, over (original, other, samples) of every batch.
+
+    NaN or infinity where the original has numbers counts as no distance anywhere else; here it is ruin.
+    """
     meter = FidelityMeter()
     for before, after, count in batches:
         meter.update(before, after, count)
-    return meter.loss
+    return RUIN if any(output.non_finite_new for output in meter.result()) else meter.loss

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,6 +11,15 @@ from hypothesis import strategies as st
 
 from onnx_lowrank.calibration.moments import Accumulator, CrossAccumulator, Moments
 from onnx_lowrank.layer import Array
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_chunks() -> Iterator[None]:
+    """Blocks are taken in one by one, not all at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("onnx_lowrank.calibration.moments.LEAST_CHUNK", 1)
+        yield
+
 
 SIZES = st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 4), st.integers(2, 200))
 

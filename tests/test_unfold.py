@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,7 +58,7 @@ def convolutions(draw: st.DrawFn) -> tuple[ModelProto, np.ndarray, int]:
     dilations = [draw(st.integers(1, 2)) for _ in range(axes)]
     reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
     size = [draw(st.integers(r, r + 4)) for r in reach]
-    attributes: dict[str, object] = {"strides": [draw(small) for _ in range(axes)], "group": groups}
+    attributes: dict[str, Any] = {"strides": [draw(small) for _ in range(axes)], "group": groups}
     auto = draw(st.sampled_from(["", "NOTSET", "VALID", "SAME_UPPER", "SAME_LOWER"]))
     if auto.startswith("SAME"):
         dilations = [1] * axes  # onnxruntime has no SAME with dilations
@@ -88,7 +89,8 @@ def test_rows_of_gemm(data: st.DataObject) -> None:
     a, b = ((k, m) if turned_a else (m, k)), ((n, k) if turned_b else (k, n))
     x, w = (b, a) if left else (a, b)
     c = None if left else data.draw(st.sampled_from([None, (n,), (1, n)]))
-    attributes = {"transA": int(turned_a), "transB": int(turned_b), "alpha": 0.5, "beta": 2.0 if c else 1.0}
+    turns = {"transA": int(turned_a), "transB": int(turned_b)}
+    attributes: dict[str, Any] = {**turns, "alpha": 0.5, "beta": 2.0 if c else 1.0}
     proto = product_model("Gemm", x, w, left=left, c=c, **attributes)
     assert assert_same(proto, RNG.standard_normal(x).astype(np.float32)) == (n if left else m)
 
@@ -166,6 +168,7 @@ def test_positions_differ_by_seed_and_are_all_there_when_few() -> None:
     assert sorted(Unfolding(use.form, use.shape, 81).rows(x)[:, 0, 0]) == list(range(81))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 4), st.integers(1, 512), st.integers(1, 3), st.integers(1, 4096))
 def test_rows_are_never_fewer_than_some_per_input(groups: int, in_: int, kernel: int, samples: int) -> None:
     shape = LayerShape(groups, 7, in_, (kernel, kernel))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from builders import model, value
 from chains import outputs
-from onnx import ModelProto, TensorProto, helper
+from onnx import ModelProto, TensorProto, ValueInfoProto
 from roads import bodies, node, shared
 from walks import branching, embedding, residual, stopping, weight
 
@@ -38,7 +38,7 @@ def everything(proto: ModelProto, names: list[str], fed: Feeds) -> dict[str, np.
     whole = ModelProto()
     whole.CopyFrom(proto)
     del whole.graph.output[:]
-    whole.graph.output.extend(helper.ValueInfoProto(name=name) for name in names)
+    whole.graph.output.extend(ValueInfoProto(name=name) for name in names)
     return dict(zip(names, map(np.asarray, outputs(whole, fed)), strict=True))
 
 

@@ -62,8 +62,9 @@ class LayerData:
             answer, wanted = answers(block, block.inputs(), matrix, bias), block.wanted
             if self.relu:
                 answer, wanted = np.maximum(answer, 0.0), np.maximum(wanted, 0.0)
-            difference += float(np.square(answer - wanted, dtype=np.float64).sum())
-            power += float(np.square(wanted, dtype=np.float64).sum())
+            known = np.isfinite(wanted)
+            difference += float(np.square(np.where(known, answer - wanted, 0.0), dtype=np.float64).sum())
+            power += float(np.square(np.where(known, wanted, 0.0), dtype=np.float64).sum())
         return float(np.sqrt(difference / power)) if power > 0 else float(difference > 0)
 
     def relaxed(self, matrix: Array, bias: Array | None) -> Iterator[tuple[Array, Array]]:

@@ -49,17 +49,23 @@ class Stop:
         return Fit(arrays, np.einsum("gsn,gn->gs", lost, mean).reshape(-1))
 
 
+# Moments of one layer; a layer with more inputs than that stays data-free.
+MOST_BYTES = 1 << 30
+
+
 def stops(graph: Graph, layers: Iterable[Layer]) -> dict[str, Stop]:
     """Node key -> stop, for every layer the walk can stop at.
 
-    Left out are layers in bodies, layers of several nodes (their one weight meets several inputs) and those with a
-    bias that is computed (it would be fitted as if it came from the input).
+    Left out are layers whose moments would not fit into memory, layers in bodies, layers of several nodes (their one
+    weight meets several inputs) and those with a bias that is computed (it would be fitted as if it came from the
+    input).
     """
     nodes = {key: (scope, node) for scope, node, key in keyed_nodes(graph) if scope is graph.main}
     found: dict[str, Stop] = {}
     for layer in layers:
         key = layer.nodes[0]
-        if len(layer.nodes) > 1 or key not in nodes:
+        inputs = layer.shape.params // (layer.shape.groups * layer.shape.out)
+        if len(layer.nodes) > 1 or key not in nodes or 8 * layer.shape.groups * inputs**2 > MOST_BYTES:
             continue
         use = applied(*nodes[key])
         if isinstance(use, str):

@@ -30,7 +30,7 @@ from onnx_lowrank.target import Target
 
 logger = logging.getLogger(__name__)
 # To be raised when a probed loss comes to mean something else: it is remembered from run to run.
-PROBE_VERSION = 2
+PROBE_VERSION = 3
 # Samples losses are probed on: as many as this many multiply-accumulates pay for, between these two.
 PROBE_MACS = 4e12
 PROBE_SAMPLES = (8, 256)
@@ -112,9 +112,9 @@ class CalibratedTable:
         """A candidate's arrays, with the lost mean given back."""
         method = self.methods[name]
         factors = self.cache.make(layer, method).factors(rank)
-        stop = self.stops.get(layer.nodes[0])
-        if stop is None:
+        if layer.key not in self.means:
             return Fit(tuple(factors))
+        stop = self.stops[layer.nodes[0]]
         return stop.corrected(method.chain(layer.shape, rank), factors, self.means[layer.key])
 
     def _row(self, layer: Layer, gram: Array | None = None) -> Row:
@@ -178,7 +178,8 @@ class CalibratedTable:
 
     def _loss(self, layer: Layer, option: Candidate, probes: Probes, number: int) -> float:
         """The loss of one candidate, remembered or measured."""
-        text = json.dumps([self.calibration.identity, layer.key, option.method, option.rank])
+        where, probed = self.calibration.target.provider, sorted(probes.probing.items())
+        text = json.dumps([self.calibration.identity, where, probed, layer.key, option.method, option.rank])
         key = "loss " + hashlib.sha256(text.encode()).hexdigest()
         known = self.calibration.memory.fact(key)
         if known is None:
@@ -216,6 +217,8 @@ class Probes:
         try:
             splice(self.graph, [replacement])
             wanted = self.path.beyond(number)
+            if not wanted:
+                return 0.0  # nothing that is computed from here reaches an output
             session = self.front.open(self.graph, wanted)
         finally:
             self.graph.restore(before)
