@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from onnx_lowrank.data import Dataset
 from onnx_lowrank.errors import InputError
@@ -38,8 +36,10 @@ def safe_batch(model: Path, data: Dataset, target: Target, wanted: int) -> int:
     return wanted if all(_first(together[name], count, one) for name, one in alone.items()) else 1
 
 
-def _first(many: NDArray[Any], count: int, one: NDArray[Any]) -> bool:
-    """Whether `one` is the first of `count` samples in `many`, up to rounding."""
+def _first(many: object, count: int, one: object) -> bool:
+    """Whether `one` is the first of `count` samples in `many`, up to rounding; sequences and maps never are."""
+    if not (isinstance(many, np.ndarray) and isinstance(one, np.ndarray)):
+        return False
     if many.shape != (count, *one.shape[1:]) or one.shape[:1] != (1,):
         return False
     if one.dtype.kind != "f":

@@ -227,6 +227,7 @@ def apply(
     """Realise a plan: the same model and plan give the same bytes."""
     made = Plan.read(plan_file)
     settings = settings_of(given(locals(), None))
+    pipeline.check_paths(out, plan_file)
     pipeline.apply(
         model, made, out, calibration=calibration, preprocess=preprocess, samples=settings.samples, force=force
     )

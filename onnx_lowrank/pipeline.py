@@ -146,6 +146,7 @@ def apply(
             io.copy(model, folder / out.name)
         else:
             PassManager(passes).run(source.graph)
+            Factor(a_plan, allowed).checked(source.graph)
             fits = _fits(source, a_plan, allowed, folder)
             PassManager([Factor(a_plan, allowed, fits=fits)]).run(source.graph)
             io.save(source.graph, folder / out.name)
@@ -178,6 +179,8 @@ def check_paths(out: Path, *inputs: Path | str | None) -> None:
     """
     parent = out.absolute().parent
     for read in (Path(path) for path in inputs if path is not None):
+        if read.is_dir() and out.exists() and out.resolve().is_relative_to(read.resolve()):
+            raise InputError(f"{out} to write to, one of the samples in {read}", "a new file", "choose another one")
         if out.resolve() == read.resolve() or (out.exists() and _same(out, read)):
             raise InputError(f"{out} to write to, the same file as {read}", "a file of its own", "choose another one")
     if out.is_dir():
@@ -270,10 +273,11 @@ def _try_out(source: Source, finished: Path) -> None:
 def _check_conditions(source: Source, a_plan: Plan, *, force: bool) -> None:
     if force:
         return
-    found: Mapping[str, tuple[str | None, str | None]] = {
+    found: dict[str, tuple[str | None, str | None]] = {
         "model": (source.sha256, a_plan.model_sha256),
-        "data": (source.data.sha256 if source.data else None, a_plan.data_sha256),
     }
+    if a_plan.fit != DATA_FREE:
+        found["data"] = (source.data.sha256 if source.data else None, a_plan.data_sha256)
     for what, (got, wanted) in found.items():
         if got != wanted:
             raise InputError(

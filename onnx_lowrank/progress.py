@@ -30,13 +30,21 @@ class Phases:
 
     show: Show = silent
     seconds: dict[str, float] = field(default_factory=dict[str, float])
+    _inner: list[float] = field(default_factory=list[float], init=False)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Generator[Advance]:
-        """A phase; its seconds are added to what earlier phases of the same name took."""
+        """A phase; its seconds are added to what earlier phases of the same name took.
+
+        Those of a phase inside another one count for the inner one only.
+        """
         start = time.perf_counter()
+        self._inner.append(0.0)
         try:
             with self.show(name) as advance:
                 yield advance
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            took = time.perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + took - self._inner.pop()
+            if self._inner:
+                self._inner[-1] += took

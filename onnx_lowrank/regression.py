@@ -10,6 +10,7 @@ whether to take any of this, are chosen on samples that were not fitted on.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -73,12 +74,14 @@ class Refitted:
             approximated on the inputs the compressed network gives.
         error: The same with `fit`; never larger.
         what: What was taken, for the log.
+        regressed: Whether anything but approximating the weight was tried.
     """
 
     fit: Fit | None
     error_before: float
     error: float
     what: str
+    regressed: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +114,9 @@ def fit_chain(one: Chosen, data: LayerData, inside: Array | None, *, regress: bo
         sums.add(block.inputs(), block.own)
     moments = sums.moments()
     if not moments.count:
-        return Refitted(None if one.method is None else Fit(one.factors(weight)), 0.0, 0.0, "data-free: no rows")
+        return Refitted(
+            None if one.method is None else Fit(one.factors(weight)), math.nan, math.nan, "data-free: no rows"
+        )
 
     def tried(what: str, factors: tuple[Array, ...], seen: Moments) -> _Try:
         matrix = one.chain.dense(factors).reshape(weight.shape)
@@ -135,7 +140,8 @@ def fit_chain(one: Chosen, data: LayerData, inside: Array | None, *, regress: bo
             best = _relaxed(one, data, moments, weight, share, best, tried)
     kept = one.method is None and best is plain
     change = None if best.bias is None or inside is None else best.bias.reshape(-1) - inside
-    return Refitted(None if kept else Fit(best.factors, change), plain.error, best.error, best.what)
+    fit = None if kept else Fit(best.factors, change)
+    return Refitted(fit, plain.error, best.error, best.what, regress)
 
 
 def _relaxed(

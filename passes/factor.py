@@ -50,11 +50,7 @@ class Factor(Pass):
             InputError: for a layer this model does not have, an unknown method, or a rank the layer cannot have; the
                 graph is untouched then.
         """
-        found, _ = layers(graph, check=False)
-        by_key = {layer.key: layer for layer in found}
-        chosen = [choice for choice in self.plan.layers if not choice.keeps]
-        for choice in chosen:
-            self._check(choice, by_key.get(choice.key))
+        by_key, chosen = self.checked(graph)
         with threadpool_limits(1):  # as when the candidates were decomposed: the same factors, bit for bit
             chains = (self._replacement(by_key[choice.key], choice) for choice in chosen)
             flushed = splice(graph, itertools.chain(chains, self._refitted(by_key, {c.key for c in chosen})))
@@ -63,6 +59,19 @@ class Factor(Pass):
                 log.info("%s: %d denormal weights set to zero", key, count)
         notes = tuple(Note(choice.node, f"{choice.method} at rank {_product(choice.rank)}") for choice in chosen)
         return PassResult(bool(notes), notes)
+
+    def checked(self, graph: Graph) -> tuple[dict[str, Layer], list[Choice]]:
+        """The layers of `graph` by key, and the choices that rewrite some of them.
+
+        Raises:
+            InputError: as `run` does.
+        """
+        found, _ = layers(graph, check=False)
+        by_key = {layer.key: layer for layer in found}
+        chosen = [choice for choice in self.plan.layers if not choice.keeps]
+        for choice in chosen:
+            self._check(choice, by_key.get(choice.key))
+        return by_key, chosen
 
     def _check(self, choice: Choice, layer: Layer | None) -> None:
         if layer is None:

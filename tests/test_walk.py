@@ -82,8 +82,6 @@ def test_the_front_holds_the_values_of_the_whole_model(name: str, tmp_path: Path
                 for tensor in expected:
                     np.testing.assert_allclose(got[tensor], expected[tensor], rtol=1e-4, atol=1e-5)
     assert heard == {cut.y: len(given) for cut in way.cuts}
-    front.clear()
-    assert not tmp_path.exists()
 
 
 @pytest.mark.parametrize("name", MODELS)

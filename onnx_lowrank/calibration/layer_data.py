@@ -8,6 +8,7 @@ zero is as good.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -65,7 +66,9 @@ class LayerData:
             known = np.isfinite(wanted)
             difference += float(np.square(np.where(known, answer - wanted, 0.0), dtype=np.float64).sum())
             power += float(np.square(np.where(known, wanted, 0.0), dtype=np.float64).sum())
-        return float(np.sqrt(difference / power)) if power > 0 else float(difference > 0)
+        if not np.isfinite(difference):
+            return math.inf
+        return math.sqrt(difference / power) if power > 0 else float(difference > 0)
 
     def relaxed(self, matrix: Array, bias: Array | None) -> Iterator[tuple[Array, Array]]:
         """Rows to fit on and targets that forgive what the ReLU hides, given the present answers.

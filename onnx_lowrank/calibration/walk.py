@@ -11,7 +11,6 @@ The front lies in files (their pages are the operating system's to keep or drop)
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -199,10 +198,6 @@ class Front:
             for path in self._files.pop(name):
                 path.unlink()
             del self._types[name]
-
-    def clear(self) -> None:
-        """Remove all files."""
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _append(self, name: str, value: Values) -> None:
         self._files.setdefault(name, []).append(self._write(name, value))

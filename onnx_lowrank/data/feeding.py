@@ -38,7 +38,10 @@ def _feeds(name: str, signature: Signature) -> Iterator[Arrays]:
         where = f"feed {number} of {name}"
         if not isinstance(feed, Mapping):
             raise InputError(f"{where} of type {type(feed).__name__}", "a dict of arrays by input name", "yield dicts")
-        arrays = {str(key): np.asarray(value) for key, value in cast(Mapping[object, object], feed).items()}
+        try:
+            arrays = {str(key): np.asarray(value) for key, value in cast(Mapping[object, object], feed).items()}
+        except ValueError as error:  # lists of different lengths
+            raise InputError(f"{where} ({error})", "arrays by input name", "yield arrays") from error
         for key, array in arrays.items():
             rank, spec = ranks.get(key, (array.ndim, None))
             if array.ndim != rank:

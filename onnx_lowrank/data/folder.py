@@ -50,7 +50,7 @@ def read_folder(folder: Path, signature: Signature, preprocess: str | None, limi
         found = [(str(path), _sourced(_arrays(path, signature), path, folder)) for path in chosen]
     if len(chosen) < len(usable):
         notes.append(f"{len(chosen)} of {len(usable)} files are used, evenly spaced; --samples sets how many")
-    data = gathered(str(folder), found, signature).thinned(limit)
+    data = gathered(str(folder), found, signature).thinned(limit).in_whole_batches()
     return replace(data, notes=(*notes, *data.notes))
 
 

@@ -31,7 +31,7 @@ def read_samples(
     if path.is_dir():
         return read_folder(path, signature, preprocess, limit)
     if path.exists():
-        return read_npz(path, signature).thinned(limit)
+        return read_npz(path, signature).thinned(limit).in_whole_batches()
     if is_function_name(str(spec)):
         return read_function(str(spec), signature, limit)
     raise InputError(f"{spec}, which does not exist", f"an .npz file, a folder or {FORM}", "check the path")

@@ -49,7 +49,7 @@ def _kept(report: Report) -> list[Text]:
     groups: dict[str, list[LayerRow]] = {}
     for row in report.layers:
         if row.decision != "factorized":
-            groups.setdefault(row.reason.partition(" (")[0], []).append(row)
+            groups.setdefault(row.reason.partition("; refitted")[0].partition(" (")[0], []).append(row)
     lines: list[Text] = []
     for reason, rows in groups.items():
         names = ", ".join(row.name for row in rows[:NAMES_SHOWN])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from onnx_lowrank.accuracy import evaluate
 from onnx_lowrank.allocators import ALLOCATORS
 from onnx_lowrank.calibration.walk import CannotCutError
 from onnx_lowrank.candidates import Candidate
+from onnx_lowrank.errors import InputError
 from onnx_lowrank.goals import MaxDrop
 from onnx_lowrank.latency.chains import ChainTimer
 from onnx_lowrank.plan import CALIBRATED, DATA_FREE, REFIT, Choice, PassSpec, Plan
@@ -28,6 +30,7 @@ from onnx_lowrank.search.table import Row
 from onnx_lowrank.settings import Settings
 from onnx_lowrank.validation import compare
 
+logger = logging.getLogger(__name__)
 REPORT_SEED = 1000  # added to the seed of synthetic inputs that figures are reported on
 
 
@@ -73,6 +76,9 @@ def analyse(source: Source, settings: Settings, folder: Path, phases: Phases) ->
     Raises:
         LowRankError: as its parts do.
     """
+    drop = _drop_of(source, settings) if isinstance(settings.goal, MaxDrop) else None
+    # Never by samples that are reported on: too few to divide are only reported on.
+    judge = None if source.samples is None else source.samples.judge
     deadline = math.inf if settings.time_limit is None else time.monotonic() + settings.time_limit
     ready = prepare(source, settings, folder, phases)
     found = ready.survey
@@ -90,18 +96,19 @@ def analyse(source: Source, settings: Settings, folder: Path, phases: Phases) ->
         return _plan(source, ready, chosen, fit)
 
     def error_of(model: Path) -> float:
-        if isinstance(settings.goal, MaxDrop):
-            return _drop(source, model, settings)
-        given = None if source.samples is None else source.samples.judge
-        metric, data = settings.error_metric, given or source.data
-        found = compare(source.path, model, settings.target, data, seed=settings.seed, error_metric=metric)
+        if drop is not None:
+            return drop(model)
+        metric = settings.error_metric
+        found = compare(source.path, model, settings.target, judge, seed=settings.seed, error_metric=metric)
         broken = any(output.non_finite_new for output in found.outputs)
         return math.inf if broken else found.error(metric)
 
     with phases.phase("search"):
-        baseline = ready.racer.race([ready.normalized]).timings[0].median_ms
+        # In turns with the original, as the finished model will be timed; a race of one would end after a moment.
+        baseline = ready.racer.race([ready.original, ready.normalized])
         allocator = ALLOCATORS[settings.allocator]
-        loop = Loop(bench, Prediction(rows, baseline), allocator, ready.original, ready.normalized, plan_of, error_of)
+        prediction = Prediction(rows, baseline.timings[1].median_ms)
+        loop = Loop(bench, prediction, baseline, allocator, ready.original, ready.normalized, plan_of, error_of)
         outcome = loop.run(settings.goal, *totals(settings, found, rows, source.graph))
     return Analysis(source, ready, rows, bench, timer, outcome)
 
@@ -117,9 +124,22 @@ def _plan(source: Source, ready: Prepared, chosen: Sequence[Candidate], fit: str
     return Plan(source.sha256, choices, (*graph_passes, *optional), data, versions(), fit)
 
 
-def _drop(source: Source, model: Path, settings: Settings) -> float:
-    """How much the task metric falls on the labelled samples a search may choose by."""
+def _drop_of(source: Source, settings: Settings) -> Callable[[Path], float]:
+    """How much the task metric of a model falls on the labelled samples a search may choose by; infinite if broken.
+
+    Raises:
+        InputError: if the metric does not fit the original.
+    """
     given = source.choosing
     assert given is not None  # noqa: S101 - the goal demands labelled samples
-    before, after = (evaluate(path, given, settings.metric, settings.target) for path in (source.path, model))
-    return float(before.mean() - after.mean())
+    before = float(evaluate(source.path, given, settings.metric, settings.target).mean())
+
+    def drop(model: Path) -> float:
+        try:
+            found = before - float(evaluate(model, given, settings.metric, settings.target).mean())
+        except InputError as error:
+            logger.warning("%s is not looked at any further: %s", model.name, error)
+            return math.inf
+        return found if math.isfinite(found) else math.inf
+
+    return drop

@@ -34,9 +34,11 @@ def first_difference(analysis: Analysis, settings: Settings) -> Blame:
 
     def error(count: int) -> float:
         if count not in errors:
-            path, _ = analysis.bench.realise(replace(plan, layers=tuple(rewrites[:count])))
-            source = analysis.source
-            errors[count] = compare(source.path, path, settings.target, source.data, seed=settings.seed).relative_error
+            path, _ = analysis.bench.finish(replace(plan, layers=tuple(rewrites[:count])))
+            source, metric = analysis.source, settings.error_metric
+            data, seed = source.held_out, settings.seed
+            found = compare(source.path, path, settings.target, data, seed=seed, error_metric=metric)
+            errors[count] = found.error(metric)
         return errors[count]
 
     found = bisect(len(rewrites), lambda count: error(count) > tolerance)

@@ -94,6 +94,7 @@ class Loop:
     Args:
         bench: Realises and times.
         prediction: The priced table.
+        baseline: The original and the normalized model in turns, before anything was factorized.
         allocator: The rank rule.
         original: The user's model at its best level.
         normalized: The model before factorization, likewise.
@@ -103,6 +104,7 @@ class Loop:
 
     bench: Bench
     prediction: Prediction
+    baseline: Paired
     allocator: Allocator
     original: Contestant
     normalized: Contestant
@@ -127,7 +129,7 @@ class Loop:
 
     def _fast_enough(self, goal: Goal) -> Outcome:
         prediction, attempts = self.prediction, list[Attempt]()
-        wanted = self._wanted(goal, self.bench.racer.race([self.original, self.normalized]))
+        wanted = self._wanted(goal, self.baseline)
         for _ in range(ROUNDS):
             chosen = self.allocator(prediction.problem(wanted / AIM))
             if any(same(chosen, old.chosen) for old in attempts):
@@ -182,19 +184,22 @@ class Loop:
             found.append(replace(attempt, error=self.error_of(attempt.path)))
             error = found[-1].error or 0.0
             logger.info("at predicted loss %.3g: error %.4g", attempt.loss, error)
-            if error <= limit and attempt.predicted_ms < best.predicted_ms:
+            exact = any(candidate.exact for candidate in chosen)  # full rank: slower, and meant to be
+            if error <= limit and (exact or attempt.predicted_ms < best.predicted_ms):
                 best = found[-1]
             if not trail.learn(attempt.loss, error):
                 break
         if not any(candidate.chain for candidate in best.chosen):
             return self._kept("no rewrite stays within the limit: every layer is kept", reached=True)
         best = self.timed(best)
-        check = any(candidate.exact for candidate in best.chosen)  # full rank: slower, and meant to be
+        check = any(candidate.exact for candidate in best.chosen)
         if not check and best.race is not None and best.race.ratio(1, 2).high < 1:
             reason = f"what stays within the limit is slower ({best.race.ratio(1, 2)}): every layer is kept"
             return self._kept(reason, reached=True)
-        within = f"{best.error:.4g} is within {goal.value:g} on other samples"
-        return Outcome(best, reached=True, reason=within) if check else self._guarded(best, lambda _: True, within)
+        within = f"{best.error:.4g} where it was searched for, the limit being {goal.value:g}"
+        if check:
+            return Outcome(best, reached=True, reason=within)
+        return self._guarded(best, lambda other: (other.error or 0.0) <= limit, within)
 
     def _within(self, loss: float) -> tuple[Candidate, ...]:
         """The fastest choice whose predicted loss is at most `loss`: bisection on the latency allowed."""
@@ -220,16 +225,18 @@ class Loop:
             return Outcome(best, reached=True, reason=reason)
         fewer = tuple(dense[c.key] if c.key in doubtful else c for c in best.chosen)
         other = self.timed(self._attempt(fewer, self.prediction, finished=best.error is not None))
+        if best.error is not None:
+            other = replace(other, error=self.error_of(other.path))
         race = self.bench.racer.race([Contestant(best.path, best.level), Contestant(other.path, other.level)])
         logger.info("without %d doubtful chains: %s as fast", len(doubtful), race.ratio(0, 1))
         if race.ratio(0, 1).value < NO_SLOWER or not reaches(other):
             return Outcome(best, reached=True, reason=reason)
-        return Outcome(replace(other, error=best.error), reached=True, reason=reason, put_back=tuple(sorted(doubtful)))
+        return Outcome(other, reached=True, reason=reason, put_back=tuple(sorted(doubtful)))
 
     def _kept(self, reason: str, *, reached: bool) -> Outcome:
         """Every layer kept: the normalized model where it was measured faster than the original, else the original."""
         attempt = self._attempt(self._keep_all(), self.prediction)
-        gain = self.bench.racer.race([self.original, self.normalized]).ratio(0, 1)
+        gain = self.baseline.ratio(0, 1)
         if gain.low > 1:
             return Outcome(attempt, reached, f"{reason}; normalized, the model is {gain} as fast")
         plan = replace(attempt.plan, passes=(), fit=DATA_FREE)
@@ -242,10 +249,10 @@ class Loop:
 
     def _attempt(self, chosen: Sequence[Candidate], prediction: Prediction, *, finished: bool = False) -> Attempt:
         """The model of a choice: refitted, or, where only its latency matters yet, as it comes."""
-        plan = self.plan_of(chosen)
+        plan = self.plan_of(prediction.as_timed(chosen))
         path, record = self.bench.finish(plan) if finished else self.bench.realise(plan)
         ms = prediction.ms(chosen)
-        return Attempt(tuple(chosen), plan, path, record, ms, ms / prediction.normalized_ms)
+        return Attempt(prediction.as_timed(chosen), plan, path, record, ms, ms / prediction.normalized_ms)
 
     def timed(self, attempt: Attempt) -> Attempt:
         """The attempt with original, normalized and its model run in turns."""

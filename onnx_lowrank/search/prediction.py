@@ -64,11 +64,17 @@ class Prediction:
         chains = [option.timed(self.kappa * option.cost("ms")) for option in row.options[1:]]
         return (row.keep, *(option for option in chains if option.exact or option.cost("ms") < dense))
 
-    def _sums(self, chosen: Sequence[Candidate]) -> tuple[float, float]:
+    def as_timed(self, chosen: Sequence[Candidate]) -> tuple[Candidate, ...]:
+        """The choice with the latencies that were measured, without the correction."""
         raw = {(o.key, o.method, o.rank): o for row in self.rows for o in row.options}
+        return tuple(raw[c.key, c.method, c.rank] for c in chosen)
+
+    def _sums(self, chosen: Sequence[Candidate]) -> tuple[float, float]:
         dense = {row.layer.key: row.keep for row in self.rows}
-        changed = [raw[c.key, c.method, c.rank] for c in chosen if c.chain is not None]
-        return sum(dense[c.key].cost("ms") for c in changed), sum(c.cost("ms") for c in changed)
+        changed = [c for c in self.as_timed(chosen) if c.chain is not None]
+        # A goal of size may choose what could not be timed: nothing is known to be gained by it then.
+        chains = (dense[c.key].cost("ms") if c.ms is None else c.ms for c in changed)
+        return sum(dense[c.key].cost("ms") for c in changed), sum(chains)
 
 
 def size_problem(rows: Sequence[Row], goal: Goal, of_total: float, factorable: float) -> Problem:

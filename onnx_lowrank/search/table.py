@@ -118,7 +118,10 @@ def row_of(
 def price(
     rows: Sequence[Row], timer: ChainTimer, progress: Progress, wanted: Callable[[Candidate], bool] = lambda _: True
 ) -> list[Row]:
-    """Time the wanted candidates of every row and all layers; what cannot be timed is dropped (`timer.dropped`)."""
+    """Time the wanted candidates of every row and all layers.
+
+    What cannot be timed is dropped (`timer.dropped`); what is not wanted, or not by time, stays without a latency.
+    """
     timed = [(row.layer, o) for row in rows if row.factorable for o in row.options if o.chain is None or wanted(o)]
     prices = timer.price([Job(layer, option.chain) for layer, option in timed], progress)
     ms = {(o.key, o.method, o.rank): price for (_, o), price in zip(timed, prices, strict=True)}
