@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
-from onnx import ModelProto, NodeProto, TensorProto, helper
+from onnx import NodeProto, helper
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
 from onnx_lowrank.chain import Chain, Fit, Stage
@@ -25,12 +25,11 @@ from onnx_lowrank.graph.keys import keyed_nodes
 from onnx_lowrank.graph.model import Graph
 from onnx_lowrank.graph.scope import Scope
 from onnx_lowrank.graph.tensor import make_tensor
-from onnx_lowrank.layer import Array, Form, Layer, LayerShape, Shape, Site
+from onnx_lowrank.layer import Array, Form, Layer
 
 SMALLEST = 1e-20
 METADATA_SINCE_IR = 10
 STAMP = "onnx_lowrank."
-_MICRO_IR = 8
 
 
 def lower(
@@ -152,45 +151,6 @@ def splice(graph: Graph, replacements: Iterable[Replacement]) -> dict[str, int]:
     return count
 
 
-def chain_model(
-    layer: Layer, chain: Chain | None, site: Site, *, elem_type: int | None = None, seed: int = 0
-) -> ModelProto:
-    """A model of one chain with random weights, its bias and the activation that follows, to be timed.
-
-    Args:
-        layer: The layer.
-        chain: Its chain; None for the layer itself.
-        site: Gives the input shape.
-        elem_type: Element type to use instead of the layer's.
-        seed: Of the weights; their variance keeps activations at unit scale.
-    """
-    form = layer.form
-    kind = form.elem_type if elem_type is None else elem_type
-    chain = chain or Chain.unfactored(layer.shape)
-    rng = np.random.default_rng(seed)
-    tensors: list[TensorProto] = []
-    for i, stage in enumerate(chain.stages):
-        scale = 1 / np.sqrt(max(1, stage.params // (stage.groups * stage.out)))
-        factor = rng.standard_normal(stage.weight, dtype=np.float32) * np.float32(scale)
-        tensors.append(make_tensor(f"w{i}", stage_tensor(form, stage, flushed(factor)[0]), kind))
-    weights = [tensor.name for tensor in tensors]
-    if form.bias:
-        tensors.append(make_tensor("bias", rng.standard_normal(_bias_shape(form, layer.shape)), kind))
-    result = "h" if form.activation else "y"
-    same_kind = replace(form, elem_type=kind)
-    nodes = lower(same_kind, chain, "chain", "x", result, "bias" if form.bias else None, weights)
-    if form.activation:
-        nodes.extend(_activation(same_kind, result, "y"))
-    graph = helper.make_graph(
-        nodes,
-        chain.method,
-        [helper.make_tensor_value_info("x", kind, site.input_shape)],
-        [helper.make_tensor_value_info("y", kind, site.output_shape)],
-        tensors,
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", form.opset)], ir_version=_MICRO_IR)
-
-
 def _attributes(form: Form, stage: Stage, *, first: bool, last: bool) -> dict[str, object]:
     if form.op == "MatMul":
         return {}
@@ -283,26 +243,3 @@ def _drop(graph: Graph, operands: list[tuple[Scope, str]]) -> list[tuple[Scope, 
             dead[id(node)] = (at, node.input[0])
     _exchange(graph, {key: [] for key in dead})
     return list(dead.values())
-
-
-def _bias_shape(form: Form, shape: LayerShape) -> Shape:
-    return (shape.out, 1) if form.side == "left" else (shape.groups * shape.out,)
-
-
-def _activation(form: Form, x: str, y: str) -> list[NodeProto]:
-    """The operator that followed the layer."""
-    if form.activation is None:
-        return []
-    op, pairs = form.activation
-    numbers = dict(pairs)
-    if op != "Clip" or form.opset < 11:
-        node = helper.make_node(op, [x], [y], name="activation")
-        node.attribute.extend(helper.make_attribute(name, number) for name, number in pairs)
-        return [node]
-    limits = [name if name in numbers else "" for name in ("min", "max")]
-    constants = [
-        helper.make_node("Constant", [], [name], value=make_tensor(name, np.array(numbers[name]), form.elem_type))
-        for name in limits
-        if name
-    ]
-    return [*constants, helper.make_node("Clip", [x, *limits], [y], name="activation")]

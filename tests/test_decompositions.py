@@ -21,9 +21,10 @@ from onnx_lowrank.graph.check import inferred_shapes
 from onnx_lowrank.graph.layers import layers, shapes_as_trace
 from onnx_lowrank.graph.model import Graph
 from onnx_lowrank.layer import Array, Layer, LayerShape, Shape
+from onnx_lowrank.micro_model import chain_model
 from onnx_lowrank.passes.decompose import decompositions
 from onnx_lowrank.passes.decompose.two_stage import TwoStage
-from onnx_lowrank.rewrite import Replacement, chain_model, splice
+from onnx_lowrank.rewrite import Replacement, splice
 
 METHODS = decompositions()
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())

@@ -18,7 +18,8 @@ from onnx_lowrank.chain import Chain
 from onnx_lowrank.graph.layers import layers, shapes_as_trace
 from onnx_lowrank.graph.model import Graph
 from onnx_lowrank.layer import LayerShape
-from onnx_lowrank.rewrite import chain_model, flushed, splice
+from onnx_lowrank.micro_model import chain_model
+from onnx_lowrank.rewrite import flushed, splice
 
 LIMIT = 1e-5
 

@@ -20,7 +20,7 @@ from onnx_lowrank.errors import LowRankError
 from onnx_lowrank.latency.measure import Clock, one_round, seconds, steady_clock, warm_up
 from onnx_lowrank.latency.table import LatencyTable, table_key
 from onnx_lowrank.layer import Layer, Site
-from onnx_lowrank.rewrite import chain_model
+from onnx_lowrank.micro_model import chain_model
 from onnx_lowrank.runtime import BoundRun, Session, UnsupportedTypeError, open_session
 from onnx_lowrank.signature import Feeds
 from onnx_lowrank.target import Target
