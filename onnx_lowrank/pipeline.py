@@ -273,11 +273,10 @@ def _try_out(source: Source, finished: Path) -> None:
 def _check_conditions(source: Source, a_plan: Plan, *, force: bool) -> None:
     if force:
         return
-    found: dict[str, tuple[str | None, str | None]] = {
+    found: Mapping[str, tuple[str | None, str | None]] = {
         "model": (source.sha256, a_plan.model_sha256),
+        "data": (source.data.sha256 if source.data else None, a_plan.data_sha256),
     }
-    if a_plan.fit != DATA_FREE:
-        found["data"] = (source.data.sha256 if source.data else None, a_plan.data_sha256)
     for what, (got, wanted) in found.items():
         if got != wanted:
             raise InputError(
