@@ -38,6 +38,11 @@ class LayerShape:
         return math.prod(self.weight)
 
     @property
+    def inputs(self) -> int:
+        """Unfolded inputs of one group: what one output is a weighted sum of."""
+        return self.in_ * math.prod(self.kernel)
+
+    @property
     def is_matrix(self) -> bool:
         """Whether the kernel covers one position only: Gemm, MatMul and 1x1 convolutions."""
         return math.prod(self.kernel) == 1

@@ -124,7 +124,6 @@ def compare(
     max_error: float | None = None,
     *,
     seed: int = 0,
-    logits: Collection[str] = (),
     error_metric: str = "relative",
     most: int | None = None,
 ) -> Validation:
@@ -137,7 +136,6 @@ def compare(
         dataset: Held-out samples, or None for seeded synthetic inputs.
         max_error: Limit for the error; kept in the result, see `Validation.require_valid`.
         seed: Seed of the synthetic inputs.
-        logits: Outputs to be called logits; see `fidelity`.
         error_metric: What `max_error` limits; for "kl" all scores are called logits.
         most: Run on so many batches at most.
 
@@ -152,7 +150,7 @@ def compare(
     batches, notes = batches_for(before, target, dataset, seed=seed, small=not pair.exact)
     if not pair.exact:
         notes.append(f"{target.provider_name} has no kernels for the element types used: compared with {pair.engine}")
-    meter, samples = FidelityMeter(logits, scores_are_logits=error_metric == "kl"), 0
+    meter, samples = FidelityMeter(scores_are_logits=error_metric == "kl"), 0
     for reference, candidate, count in pair.outputs(islice(batches, most)):
         meter.update(reference, candidate, count)
         samples += count

@@ -48,6 +48,13 @@ def exact(kind: str, weight: Array) -> tuple[Chain, list[Array]]:
             return Chain(kind, (inner, full, outer), equation), [reduce, core, expand]
 
 
+def moment(shape: LayerShape, condition: float, seed: int = 0) -> Array:
+    """Random eigenvectors, eigenvalues falling geometrically from 1 to 1 / `condition`."""
+    n = shape.inputs
+    q = np.linalg.qr(np.random.default_rng(seed).standard_normal((shape.groups, n, n)))[0]
+    return (q * np.geomspace(1, 1 / condition, n)) @ q.swapaxes(1, 2)
+
+
 def replacement(layer: Layer, kind: str, stamp: Mapping[str, str]) -> Replacement:
     """The layer in place of an exact chain of itself."""
     chain, factors = exact(kind, layer.read())

@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from builders import model, run_model, value, worst_error
-from onnx import ModelProto
-from roads import Ride, network, node, on_one_thread, ride, save
-from walks import embedding, weight
+from builders import run_model, worst_error
+from roads import Ride, network, on_one_thread, ride, save
+from walks import embedding, sequences
 
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.goals import KeepMacs, MaxDrop, MaxError
@@ -138,22 +137,9 @@ def test_a_drop_is_told_as_measured_on_other_samples(data: Path, tmp_path: Path)
     assert "on 48 other samples" in made.report.goal.reason
 
 
-def sequences() -> ModelProto:
-    """A sequence that would have to be carried past the second layer."""
-    weights = {"w": weight(64, 64), "v": weight(64, 64, seed=1)}
-    nodes = [
-        node("MatMul", "x w", "a", "first"),
-        node("SplitToSequence", "a", "parts", axis=1),
-        node("MatMul", "x v", "b", "second"),
-        node("SequenceInsert", "parts b", "more"),
-        node("ConcatFromSequence", "more", "y", axis=1),
-    ]
-    return model(nodes, [value("x", ["N", 64])], [value("y", ["N", "M"])], weights)
-
-
 def test_a_model_that_cannot_be_cut_is_treated_without_samples_and_it_is_said(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).standard_normal((32, 64)).astype(np.float32))
-    made = ride(sequences(), tmp_path, on_one_thread(KeepMacs(0.5), calibration=tmp_path / "x.npz"))
+    made = ride(sequences(64), tmp_path, on_one_thread(KeepMacs(0.5), calibration=tmp_path / "x.npz"))
     assert made.plan.fit == DATA_FREE
     wanted = "no calibration: 'parts' holds a list, not an array of numbers would have to be carried along"
     assert any(wanted == note for note in made.report.notes)

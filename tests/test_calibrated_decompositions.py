@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from chains import moment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,17 +28,6 @@ SHAPES = [
     LayerShape(3, 4, 5),
     LayerShape(1, 9, 4, (1, 1)),
 ]
-
-
-def inputs(shape: LayerShape) -> int:
-    return shape.in_ * math.prod(shape.kernel)
-
-
-def moment(shape: LayerShape, condition: float, seed: int = 0) -> Array:
-    """Random eigenvectors, eigenvalues falling geometrically from 1 to 1 / `condition`."""
-    n = inputs(shape)
-    q = np.linalg.qr(np.random.default_rng(seed).standard_normal((shape.groups, n, n)))[0]
-    return (q * np.geomspace(1, 1 / condition, n)) @ q.swapaxes(1, 2)
 
 
 def weight_of(shape: LayerShape, seed: int = 1) -> Array:
@@ -133,7 +123,7 @@ def test_a_moment_that_says_nothing_leaves_the_weight_to_approximate(method: Dec
     if method.refusal(shape) is not None:
         return
     plain = method.factorize(weight)
-    made = method.factorize(weight, np.full((1, inputs(shape), inputs(shape)), gram))
+    made = method.factorize(weight, np.full((1, shape.inputs, shape.inputs), gram))
     assert made.error(rank) == plain.error(rank)
     for ours, theirs in zip(made.factors(rank), plain.factors(rank), strict=True):
         np.testing.assert_array_equal(ours, theirs)

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from chains import moment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,17 +18,6 @@ from onnx_lowrank.passes.decompose import decompositions
 
 METHODS = decompositions()
 RNG = np.random.default_rng(7)
-
-
-def inputs(shape: LayerShape) -> int:
-    return shape.in_ * math.prod(shape.kernel)
-
-
-def moment(shape: LayerShape, condition: float, seed: int = 0) -> Array:
-    """Random eigenvectors, eigenvalues falling geometrically from 1 to 1 / `condition`."""
-    n = inputs(shape)
-    q = np.linalg.qr(np.random.default_rng(seed).standard_normal((shape.groups, n, n)))[0]
-    return (q * np.geomspace(1, 1 / condition, n)) @ q.swapaxes(1, 2)
 
 
 def cp(shape: LayerShape, rank: Rank) -> Chain:
@@ -166,7 +156,7 @@ def test_single_precision_agrees(shape: LayerShape, chain: Chain) -> None:
 def test_singular_moments_do_not_blow_up(shape: LayerShape, chain: Chain, known: int) -> None:
     """As many samples as `known`; with none, nothing can be gained and nothing is touched."""
     rng = np.random.default_rng(5)
-    samples = rng.standard_normal((shape.groups, known, inputs(shape)))
+    samples = rng.standard_normal((shape.groups, known, shape.inputs))
     weight, gram, start = (
         rng.standard_normal(shape.weight),
         samples.swapaxes(1, 2) @ samples,

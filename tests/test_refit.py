@@ -90,7 +90,7 @@ def rows_of(
     """Inputs of a network that has lost something, and what the original made of the originals."""
     rng = np.random.default_rng(seed)
     groups, out = layer.shape.groups, layer.shape.out
-    n = layer.shape.params // (groups * out)
+    n = layer.shape.inputs
     mix = rng.standard_normal((groups, rank or n, n))
     matrix = layer.read().reshape(groups, out, n)
 

@@ -11,7 +11,7 @@ from builders import model, value
 from chains import outputs
 from onnx import ModelProto, TensorProto, ValueInfoProto
 from roads import bodies, node, shared
-from walks import branching, embedding, residual, stopping, weight
+from walks import branching, embedding, residual, sequences, stopping, weight
 
 from onnx_lowrank.calibration.walk import CannotCutError, Front, Route, route
 from onnx_lowrank.target import Target
@@ -148,22 +148,8 @@ def test_a_sum_with_a_constant_is_no_reason_to_relax() -> None:
     assert (cut.beside, cut.relu) == (None, False)
 
 
-def sequences() -> ModelProto:
-    """A sequence is made before the second layer and read behind it."""
-    nodes = [
-        node("MatMul", "x w", "a", "first"),
-        node("SplitToSequence", "a", "parts", axis=1),
-        node("MatMul", "x v", "b", "second"),
-        node("SequenceInsert", "parts b", "more"),
-        node("ConcatFromSequence", "more", "y", axis=1),
-    ]
-    return model(
-        nodes, [value("x", ["N", 6])], [value("y", ["N", "M"])], {"w": weight(6, 6), "v": weight(6, 6, seed=1)}
-    )
-
-
 def test_sequences_cannot_be_carried(tmp_path: Path) -> None:
-    graph, way = stopping(sequences())[0], path(sequences())
+    graph, way = stopping(sequences(6))[0], path(sequences(6))
     front = Front(tmp_path, TARGET)
     front.put({"x": np.ones((2, 6), np.float32)})
     with pytest.raises(CannotCutError, match=r"^'parts' holds a list, not an array of numbers$"):

@@ -109,3 +109,16 @@ def stopping(proto: ModelProto) -> tuple[Graph, dict[str, Stop]]:
     """The graph, and the stops of all its layers."""
     graph = Graph(proto)
     return graph, stops(graph, layers(graph)[0])
+
+
+def sequences(size: int) -> ModelProto:
+    """A sequence is made before the second layer and read behind it: it would have to be carried past."""
+    nodes = [
+        node("MatMul", "x w", "a", "first"),
+        node("SplitToSequence", "a", "parts", axis=1),
+        node("MatMul", "x v", "b", "second"),
+        node("SequenceInsert", "parts b", "more"),
+        node("ConcatFromSequence", "more", "y", axis=1),
+    ]
+    weights = {"w": weight(size, size), "v": weight(size, size, seed=1)}
+    return model(nodes, [value("x", ["N", size])], [value("y", ["N", "M"])], weights)

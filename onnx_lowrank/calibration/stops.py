@@ -64,8 +64,7 @@ def stops(graph: Graph, layers: Iterable[Layer]) -> dict[str, Stop]:
     found: dict[str, Stop] = {}
     for layer in layers:
         key = layer.nodes[0]
-        inputs = layer.shape.params // (layer.shape.groups * layer.shape.out)
-        if len(layer.nodes) > 1 or key not in nodes or 8 * layer.shape.groups * inputs**2 > MOST_BYTES:
+        if len(layer.nodes) > 1 or key not in nodes or 8 * layer.shape.groups * layer.shape.inputs**2 > MOST_BYTES:
             continue
         use = applied(*nodes[key])
         if isinstance(use, str):

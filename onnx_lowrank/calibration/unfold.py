@@ -27,7 +27,7 @@ MOST_ROWS = 40_000
 
 def rows_per_sample(shape: LayerShape, samples: int) -> int:
     """Positions to take of each of `samples` for a layer."""
-    n = shape.params // (shape.groups * shape.out)
+    n = shape.inputs
     rows = max(ROWS_PER_INPUT * n, min(WORK / (shape.groups * n**2), MOST_ROWS))
     return math.ceil(rows / max(samples, 1))
 
@@ -119,7 +119,7 @@ def _patches(
     view = view[(..., *(slice(None, None, d) for d in geometry.dilations))]
     corners = tuple(index * stride for index, stride in zip(at, geometry.strides, strict=True))
     picked = view[(slice(None), slice(None), *corners)]  # (samples, channels, positions, *kernel)
-    return picked.swapaxes(1, 2).reshape(-1, shape.groups, shape.in_ * math.prod(kernel))
+    return picked.swapaxes(1, 2).reshape(-1, shape.groups, shape.inputs)
 
 
 def _explicit_pads(geometry: Geometry, kernel: Shape, size: Shape, out_size: Shape) -> list[tuple[int, int]]:

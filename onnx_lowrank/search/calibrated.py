@@ -127,7 +127,7 @@ class CalibratedTable:
         key = (cut.x, unfolding.reading)
         if key not in shared:
             shape = layer.shape
-            sums = Accumulator(shape.groups, shape.params // (shape.groups * shape.out))
+            sums = Accumulator(shape.groups, shape.inputs)
             for batch in probes.fitting:
                 sums.add(unfolding.rows(probes.front.value(cut.x, batch)))
             shared[key] = sums.moments()

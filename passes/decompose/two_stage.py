@@ -147,7 +147,7 @@ class TwoStage(Decomposition):
         """The highest rank with fewer weights than the dense layer."""
         first, last = self._halves(shape)
         per_rank = shape.in_ * math.prod(first) + shape.out * math.prod(last)
-        limit = (shape.out * shape.in_ * math.prod(shape.kernel) - 1) // per_rank
+        limit = (shape.out * shape.inputs - 1) // per_rank
         return min(limit, self.exact_rank(shape)[0])
 
     def ranks(self, shape: LayerShape, block: int) -> Sequence[Rank]:
