@@ -111,9 +111,6 @@ def assemble(analysis: Analysis, settings: Settings, path: Path, phases: Phases)
 
 def _latency(analysis: Analysis, path: Path) -> Latency:
     racer = analysis.bench.racer
-    # The prediction is a share of the normalized model's latency. What that is now is asked before the finished model
-    # runs for the first time: the speed of a machine drifts by a third in minutes.
-    now = racer.race([analysis.ready.original, analysis.ready.normalized]).timings[1].median_ms
     final = racer.best_level(path)
     race = racer.race([analysis.ready.original, analysis.ready.normalized, final], 3 * racer.seconds)
     speedup, low_rank = race.ratio(0, 2), race.ratio(1, 2)
@@ -127,7 +124,7 @@ def _latency(analysis: Analysis, path: Path) -> Latency:
         before_ms=before,
         normalized_ms=normalized,
         after_ms=after,
-        predicted_ms=now * analysis.outcome.best.predicted_share,
+        predicted_ms=normalized * analysis.outcome.best.predicted_share,
         predicted_low_rank_speedup=1 / analysis.outcome.best.predicted_share,
         speedup=speedup.value,
         low_rank_speedup=low_rank.value,

@@ -81,8 +81,8 @@ class Latency:
         before_ms: The original.
         normalized_ms: After the exact rewrites, before any factorization.
         after_ms: The optimized model.
-        predicted_ms: What the search expected, fixed before the finished file was first timed: the share it expected of
-            the normalized model's latency, times that latency as it was then.
+        predicted_ms: What the search expected, fixed before the optimized model was first timed as a share of the
+            normalized model's latency; in milliseconds of this race, as a machine's speed drifts by a third in minutes.
         predicted_low_rank_speedup: The same as normalized / after: free of the drift of the machine's speed in between.
         speedup: before / after, median of the ratios of neighbouring runs.
         low_rank_speedup: normalized / after, likewise.
