@@ -58,7 +58,7 @@ class Decomposition(ABC):
         """The chain at `rank`; shapes only."""
 
     @abstractmethod
-    def factorize(self, weight: Array, gram: Array | None = None) -> Factorization:
+    def factorize(self, weight: Array, gram: Array | None = None, *, most: Rank | None = None) -> Factorization:
         """Decompose a canonical weight (groups, out, in, *kernel) once, for every rank.
 
         Args:
@@ -66,6 +66,7 @@ class Decomposition(ABC):
             gram: Second moment E[c c^T] of the layer's unfolded input, (groups, n, n) with n = in * prod(kernel) in the
                 weight's own order; positive semidefinite. With it the output error is minimised instead of the
                 weight's. A method may ignore it: its chains are then calibrated by the refit alone.
+            most: No rank above this one, entry by entry, will be asked for; None: any may be. A method may ignore it.
         """
 
     @abstractmethod

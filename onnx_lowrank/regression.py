@@ -24,9 +24,12 @@ from onnx_lowrank.decomposition import Decomposition, Rank
 from onnx_lowrank.layer import Array, Layer
 from onnx_lowrank.multilinear import refine
 
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
-RELAXATIONS = 2
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 LARGE = 2048
+SWEEPS = 4
+# Relaxed targets are fitted again while that lowers the error by this share, starting from the factors there are.
+RELAXATIONS, RELAXED_SWEEPS = 3, 2
+GAIN = 0.005
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,16 +55,18 @@ class Chosen:
     def factors(self, weight: Array, gram: Array | None = None) -> tuple[Array, ...]:
         """The chain nearest to `weight`, in the metric of `gram` where it is given."""
         weight = weight.reshape(self.layer.shape.weight)
-        return (weight,) if self.method is None else tuple(self.method.factorize(weight, gram).factors(self.rank))
+        if self.method is None:
+            return (weight,)
+        return tuple(self.method.factorize(weight, gram, most=self.rank).factors(self.rank))
 
-    def refined(self, factors: Sequence[Array], weight: Array, gram: Array) -> tuple[Array, ...]:
-        """Better factors, by least squares; one factor alone is the weight itself."""
+    def refined(self, factors: Sequence[Array], weight: Array, gram: Array, sweeps: int) -> tuple[Array, ...]:
+        """Better factors, by at most `sweeps` sweeps of least squares; one factor alone is the weight itself."""
         weight = weight.reshape(self.layer.shape.weight)
         if self.method is None:
             return (weight,)
         # Large ones in float32: twice as fast, and the factors are judged on samples anyway.
         metric = gram.astype(np.float32) if gram.shape[-1] >= LARGE else gram
-        return refine(self.chain, factors, weight, metric)
+        return refine(self.chain, factors, weight, metric, sweeps=sweeps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,56 +134,82 @@ def fit_chain(one: Chosen, data: LayerData, inside: Array | None, *, regress: bo
         plain = replace(plain, what="kept", bias=bias, error=data.error(weight, bias))
     best = plain
     if regress:
-        share, wanted = _regressed(weight, moments, data, centred=centred)
-        gram = ridged(moments.gram(centred=centred), share)
-        start = tried(f"regression, ridge {share:g}", one.factors(wanted, gram), moments)
+        ridge, wanted = _regressed(weight, moments, data, centred=centred)
+        start = tried(f"regression, ridge {ridge.share:g}", one.factors(wanted, ridge.gram), moments)
         found = [plain, start]
         if one.method is not None:
-            found.append(tried(f"{start.what}, refined", one.refined(start.factors, wanted, gram), moments))
+            refined = one.refined(start.factors, wanted, ridge.gram, SWEEPS)
+            found.append(tried(f"{start.what}, refined", refined, moments))
         best = min(found, key=lambda entry: entry.error)
         if data.relu:
-            best = _relaxed(one, data, moments, weight, share, best, tried)
+            best = _relaxed(one, data, moments, ridge, best, tried)
     kept = one.method is None and best is plain
     change = None if best.bias is None or inside is None else best.bias.reshape(-1) - inside
     fit = None if kept else Fit(best.factors, change)
     return Refitted(fit, plain.error, best.error, best.what, regress)
 
 
-def _relaxed(
-    one: Chosen, data: LayerData, moments: Moments, weight: Array, share: float, best: _Try, tried: Try
-) -> _Try:
+def _relaxed(one: Chosen, data: LayerData, moments: Moments, ridge: _Ridge, best: _Try, tried: Try) -> _Try:
     """Fitted again and again to what the ReLU lets through, as long as that helps on the judging samples."""
-    centred = best.bias is not None
-    gram = ridged(moments.gram(centred=centred), share)
     for _ in range(RELAXATIONS):
         sums = CrossAccumulator(moments)
         for rows, targets in data.relaxed(best.matrix, best.bias):
             sums.add(rows, targets)
         seen = sums.moments()
-        wanted = _solved(weight, seen, share, centred=centred)
-        new = tried(f"ReLU, ridge {share:g}", one.refined(best.factors, wanted, gram), seen)
-        if new.error >= best.error:
+        factors = one.refined(best.factors, ridge.solve(seen), ridge.gram, RELAXED_SWEEPS)
+        before, new = best.error, tried(f"ReLU, ridge {ridge.share:g}", factors, seen)
+        best = min(best, new, key=lambda entry: entry.error)
+        if not new.error < before * (1 - GAIN):
             break
-        best = new
     return best
 
 
-def _regressed(weight: Array, moments: Moments, data: LayerData, *, centred: bool) -> tuple[float, Array]:
-    """The ridge that is best for the judging samples, and the dense weight it gives."""
-    found: list[tuple[float, float, Array]] = []
-    for share in RIDGES:
-        solved = _solved(weight, moments, share, centred=centred)
+def _regressed(weight: Array, moments: Moments, data: LayerData, *, centred: bool) -> tuple[_Ridge, Array]:
+    """The ridge that is best for the judging samples, and the dense weight it gives.
+
+    The error falls and then rises with the ridge: from the middle of the grid on, the way it falls.
+    """
+
+    def attempt(at: int) -> tuple[float, _Ridge, Array]:
+        ridge = _Ridge(weight, moments, RIDGES[at], centred=centred)
+        solved = ridge.solve(moments)
         bias = moments.y_mean - np.einsum("gsn,gn->gs", solved, moments.mean) if centred else None
-        found.append((data.error(solved, bias), share, solved))
-    _, share, best = min(found, key=lambda entry: entry[0])
-    return share, best
+        return data.error(solved, bias), ridge, solved
+
+    middle = len(RIDGES) // 2
+    best, other = attempt(middle), attempt(middle - 1)
+    rest = range(middle + 1, len(RIDGES)) if best[0] <= other[0] else range(middle - 2, -1, -1)
+    best = min(best, other, key=lambda entry: entry[0])
+    for at in rest:
+        other = attempt(at)
+        if other[0] >= best[0]:
+            break
+        best = other
+    return best[1], best[2]
 
 
-def _solved(weight: Array, moments: Moments, share: float, *, centred: bool) -> Array:
-    """M_ls, (groups, out, n)."""
-    gram = moments.gram(centred=centred)
-    right = moments.target(centred=centred) + (share * _levels(gram))[:, None, None] * weight
-    return np.stack([_solve(a, b) for a, b in zip(ridged(gram, share), right, strict=True)])
+class _Ridge:
+    """M_ls for one lambda, whatever the targets: A is factorized once.
+
+    Args:
+        weight: The old one, (groups, out, n).
+        moments: Of the inputs.
+        share: Lambda as a share of the mean of the second moment's diagonal.
+        centred: Whether moments are central.
+    """
+
+    def __init__(self, weight: Array, moments: Moments, share: float, *, centred: bool) -> None:
+        self.share, self._centred = share, centred
+        plain = moments.gram(centred=centred)
+        self._towards = (share * _levels(plain))[:, None, None] * weight
+        self.gram = ridged(plain, share)
+        self._roots = [_root(gram) for gram in self.gram]
+
+    def solve(self, moments: Moments) -> Array:
+        """M_ls, (groups, out, n), for the targets of `moments`."""
+        right = moments.target(centred=self._centred) + self._towards
+        pairs = zip(self.gram, self._roots, right, strict=True)
+        return np.stack([_solve(gram, root, side) for gram, root, side in pairs])
 
 
 def _levels(gram: Array) -> Array:
@@ -194,10 +225,16 @@ def ridged(gram: Array, share: float) -> Array:
     return result
 
 
-def _solve(gram: Array, right: Array) -> Array:
-    """X with X gram = right."""
+def _root(gram: Array) -> Array | None:
+    """Lower Cholesky factor; None where rounding of nearly dependent inputs leaves none."""
     try:
-        factor = scipy.linalg.cho_factor(gram, lower=True, check_finite=False)
-    except scipy.linalg.LinAlgError:  # rounding of nearly dependent inputs
+        return scipy.linalg.cholesky(gram, lower=True, check_finite=False)
+    except scipy.linalg.LinAlgError:
+        return None
+
+
+def _solve(gram: Array, root: Array | None, right: Array) -> Array:
+    """X with X gram = right."""
+    if root is None:
         return np.linalg.lstsq(gram, right.T, rcond=1e-7)[0].T
-    return scipy.linalg.cho_solve(factor, right.T, check_finite=False).T
+    return scipy.linalg.cho_solve((root, True), right.T, check_finite=False).T

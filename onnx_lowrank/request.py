@@ -9,7 +9,7 @@ from onnx_lowrank.allocators import ALLOCATORS
 from onnx_lowrank.data.preprocessing import parse_preprocess
 from onnx_lowrank.error_metrics import check_error_metric
 from onnx_lowrank.errors import InputError
-from onnx_lowrank.goals import GOALS, one_goal
+from onnx_lowrank.goals import GOALS, MaxError, one_goal
 from onnx_lowrank.metrics import metric_named
 from onnx_lowrank.recipe import Recipe
 from onnx_lowrank.settings import Settings
@@ -43,6 +43,7 @@ def settings_of(asked: Recipe, provider_options: Iterable[str] = ()) -> Settings
     chosen = {name: getattr(asked, name) for name in named if getattr(asked, name) is not None}
     settings = Settings(goal=goal, target=target, **chosen)
     _check(settings)
+    _check_used(asked, settings)
     return settings
 
 
@@ -71,3 +72,18 @@ def _check(settings: Settings) -> None:
         parse_preprocess(settings.preprocess)
     check_error_metric(settings.error_metric)
     metric_named(settings.metric)
+
+
+def _check_used(asked: Recipe, settings: Settings) -> None:
+    """Refuse options that would be without effect: whoever gave them expects one."""
+    no_data = settings.calibration is None
+    for option, idle, missing, needed in (
+        ("--no-refit", asked.refit is False and no_data, "--calibration", "samples that layers would be fitted to"),
+        ("--samples", asked.samples is not None and no_data, "--calibration", "data to take them from"),
+        ("--metric", asked.metric is not None and settings.eval is None, "--eval", "labelled samples to measure it on"),
+    ):
+        if idle:
+            raise InputError(f"{option} without {missing}", needed, f"give {missing}, or leave {option} out")
+    if asked.error_metric is not None and not isinstance(settings.goal, MaxError):
+        got = f"--error-metric {settings.error_metric} with --{settings.goal}"
+        raise InputError(got, "a max-error goal, which is all it changes", "give --max-error, or leave it out")

@@ -20,7 +20,7 @@ from onnx_lowrank.cli import run
 from onnx_lowrank.cli_options import given
 from onnx_lowrank.display import phases_on
 from onnx_lowrank.errors import InputError
-from onnx_lowrank.goals import MaxDrop
+from onnx_lowrank.goals import MaxError
 from onnx_lowrank.plan import Plan
 from onnx_lowrank.settings import Settings
 from onnx_lowrank.target import Target
@@ -245,10 +245,10 @@ def test_the_options_reach_the_settings(folder: Path, monkeypatch: pytest.Monkey
         "--error-metric",
         "kl",
     ]
-    goal = ["--max-drop", "0.01", "--eval", "mine:labelled", "--metric", "mse"]
+    goal = ["--max-error", "0.01", "--eval", "mine:labelled", "--metric", "mse"]
     for command in ("optimize", "plan"):
         assert run([command, "model.onnx", "-o", "out.onnx", "--threads", "1", *data, *goal]) == 2
-    made = Settings(MaxDrop(0.01), Target(threads=1), "photos", "crop=8", 64, False, "mine:labelled", "mse", "kl")
+    made = Settings(MaxError(0.01), Target(threads=1), "photos", "crop=8", 64, False, "mine:labelled", "mse", "kl")
     assert asked == [made, made]
 
 

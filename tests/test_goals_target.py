@@ -153,7 +153,7 @@ def test_settings_of_nothing_are_the_defaults() -> None:
 
 def test_settings_take_every_option() -> None:
     asked = Recipe(
-        keep_macs=0.5,
+        max_error=0.5,
         calibration=Path("c.npz"),
         eval=Path("e.npz"),
         metric="mse",
@@ -181,7 +181,7 @@ def test_settings_take_every_option() -> None:
     passes = (PassSpec("svd"),)
     data = (Path("c.npz"), "crop=8", 16, False, Path("e.npz"), "mse", "kl")
     assert made == Settings(
-        KeepMacs(0.5), target, *data, passes, "energy", "factorable", ("a*",), ("b",), 3, 5.0, 10, bisect=True
+        MaxError(0.5), target, *data, passes, "energy", "factorable", ("a*",), ("b",), 3, 5.0, 10, bisect=True
     )
 
 
@@ -211,6 +211,26 @@ def test_settings_take_every_option() -> None:
         (
             Recipe(max_drop=0.01),
             "got --max-drop 0.01 without --eval; expected labelled samples to measure the drop on; give --eval",
+        ),
+        (
+            Recipe(refit=False),
+            "got --no-refit without --calibration; expected samples that layers would be fitted to; give --calibration, "
+            "or leave --no-refit out",
+        ),
+        (
+            Recipe(samples=8),
+            "got --samples without --calibration; expected data to take them from; give --calibration, "
+            "or leave --samples out",
+        ),
+        (
+            Recipe(metric="top5"),
+            "got --metric without --eval; expected labelled samples to measure it on; give --eval, "
+            "or leave --metric out",
+        ),
+        (
+            Recipe(speedup=2.0, error_metric="kl"),
+            "got --error-metric kl with --speedup 2x; expected a max-error goal, which is all it changes; "
+            "give --max-error, or leave it out",
         ),
         (Recipe(memory_limit=0), "got --memory-limit 0; expected a positive number of bytes; give another number"),
     ],

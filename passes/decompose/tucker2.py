@@ -93,18 +93,19 @@ class CalibratedCore(Factorization):
         weight: (g, S, C, K), the kernel flattened.
         groups: Weight and second moment of each group; not kept.
         kernel: The kernel's shape.
+        most: Highest ranks solved for: input side, output side.
     """
 
-    def __init__(self, weight: Array, groups: Sequence[Whitened], kernel: tuple[int, ...]) -> None:
+    def __init__(self, weight: Array, groups: Sequence[Whitened], kernel: tuple[int, ...], most: Rank) -> None:
         self._weight, self._kernel = weight, kernel
         _, out, in_, taps = weight.shape
         bases = [np.linalg.eigh(group.product @ group.weight.T) for group in groups]
-        self._out = np.stack([vectors[:, ::-1] for _, vectors in bases])
+        self._out = np.stack([vectors[:, ::-1][:, : most[1]] for _, vectors in bases])
         self._largest = max(float(values[-1]) for values, _ in bases)
-        self._in = np.stack([group.rows(min(in_, out * taps))[0] for group in groups])
+        self._in = np.stack([group.rows(min(in_, out * taps, most[0]))[0] for group in groups])
         self._fits = [group.fit(*pair) for group, *pair in zip(groups, self._in, self._out, strict=True)]
         self._total = sum(group.total for group in groups)
-        energy = sum(np.square(fit.explained).reshape(-1, taps, out) for fit in self._fits)
+        energy = sum(np.square(fit.explained).reshape(-1, taps, self._out.shape[2]) for fit in self._fits)
         self._explained = np.sum(energy, axis=1).cumsum(axis=0).cumsum(axis=1)
 
     def error(self, rank: Rank) -> float:
@@ -195,14 +196,14 @@ class Tucker2(Decomposition):
             equation=f"gpc{first},gqp{middle},gsq{last}->gsc{middle}",
         )
 
-    def factorize(self, weight: Array, gram: Array | None = None) -> Factorization:
+    def factorize(self, weight: Array, gram: Array | None = None, *, most: Rank | None = None) -> Factorization:
         """HOSVD of every group; in the metric of the outputs if there is a second moment."""
         kernel, flat = weight.shape[3:], weight.reshape(*weight.shape[:3], -1)
         moment = usable(gram)
         if moment is None:
             return TuckerCore(flat.astype(np.float64, copy=False), kernel, self.sweeps)
         index = np.arange(math.prod(weight.shape[2:])).reshape(weight.shape[2], -1)
-        return CalibratedCore(flat, arrange(weight, moment, index.T), kernel)
+        return CalibratedCore(flat, arrange(weight, moment, index.T), kernel, most or (flat.shape[2], flat.shape[1]))
 
     def exact_rank(self, shape: LayerShape) -> Rank:
         """Full rank on both sides."""

@@ -171,7 +171,7 @@ class TwoStage(Decomposition):
             equation=f"grc{inner},gsr{outer}->gsc{result}",
         )
 
-    def factorize(self, weight: Array, gram: Array | None = None) -> Factorization:
+    def factorize(self, weight: Array, gram: Array | None = None, *, most: Rank | None = None) -> Factorization:
         """SVD of the unfolding (S prod k_L) x (C prod k_F) of every group; whitened if there is a second moment."""
         groups, out, in_, *kernel = weight.shape
         mine = self.first_axes(tuple(kernel))
@@ -186,7 +186,8 @@ class TwoStage(Decomposition):
             return UnfoldingCut(spectrum(matrix), *stages)
         index = np.arange(math.prod(weight.shape[2:])).reshape(weight.shape[2:])
         index = index.transpose([axis - 2 for axis in order[2:]]).reshape(math.prod(last), -1)
-        return CalibratedCut(matrix, arrange(weight, moment, index), max(1, self._worthwhile(shape)), *stages)
+        limit = max(1, self._worthwhile(shape))
+        return CalibratedCut(matrix, arrange(weight, moment, index), min(limit, *(most or (limit,))), *stages)
 
     def exact_rank(self, shape: LayerShape) -> Rank:
         """The smaller side of the unfolding."""

@@ -94,7 +94,8 @@ def matched(of: NDArray[np.bool_], to: NDArray[np.bool_]) -> NDArray[np.float64]
 class Hed(ZooModel):
     """See the module."""
 
-    edition: ClassVar[int] = 2
+    edition: ClassVar[int] = 3
+    calibration_samples: ClassVar[int] = 128
 
     @override
     def export(self, folders: Sequence[Path], target: Path) -> None:
