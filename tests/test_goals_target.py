@@ -214,8 +214,8 @@ def test_settings_take_every_option() -> None:
         ),
         (
             Recipe(refit=False),
-            "got --no-refit without --calibration; expected samples that layers would be fitted to; give --calibration, "
-            "or leave --no-refit out",
+            "got --no-refit without --calibration; expected samples that layers would be fitted to; "
+            "give --calibration, or leave --no-refit out",
         ),
         (
             Recipe(samples=8),
