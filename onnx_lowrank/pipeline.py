@@ -28,7 +28,7 @@ from onnx_lowrank.refit import arrays, chosen_layers, refit
 from onnx_lowrank.report.assemble import assemble
 from onnx_lowrank.report.model import Report
 from onnx_lowrank.search.analysis import analyse
-from onnx_lowrank.search.loop import Outcome
+from onnx_lowrank.search.attempt import Outcome
 from onnx_lowrank.search.prepare import tuned_for
 from onnx_lowrank.search.source import Source, read_source
 from onnx_lowrank.settings import Settings

@@ -28,7 +28,7 @@ from onnx_lowrank.passes.normalize import DEFAULT_NORMALIZE, MEASURED_NORMALIZE
 from onnx_lowrank.plan import Choice, Plan
 from onnx_lowrank.progress import Phases
 from onnx_lowrank.search.analysis import Analysis, analyse
-from onnx_lowrank.search.loop import same
+from onnx_lowrank.search.attempt import same
 from onnx_lowrank.search.prediction import size_problem
 from onnx_lowrank.search.racer import Contestant, Racer
 from onnx_lowrank.search.source import read_source

@@ -19,9 +19,10 @@ from onnx_lowrank.latency.chains import ChainTimer
 from onnx_lowrank.plan import CALIBRATED, DATA_FREE, REFIT, Choice, PassSpec, Plan
 from onnx_lowrank.progress import Phases
 from onnx_lowrank.runtime import versions
+from onnx_lowrank.search.attempt import Attempt, Outcome
 from onnx_lowrank.search.bench import Bench
 from onnx_lowrank.search.factorizations import FactorizationCache
-from onnx_lowrank.search.loop import Attempt, Loop, Outcome
+from onnx_lowrank.search.loop import Loop
 from onnx_lowrank.search.prediction import Prediction
 from onnx_lowrank.search.prepare import Prepared, prepare
 from onnx_lowrank.search.pricing import candidates, totals

@@ -11,10 +11,10 @@ from onnx_lowrank.allocators import Allocator
 from onnx_lowrank.candidates import Candidate
 from onnx_lowrank.goals import Goal, KeepMacs, KeepParams, LatencyMs, Speedup
 from onnx_lowrank.latency.measure import Paired
-from onnx_lowrank.pass_manager import PassRecord
 from onnx_lowrank.plan import DATA_FREE, Plan
+from onnx_lowrank.search.attempt import Attempt, Outcome, loss_of, same, scaled_ms
 from onnx_lowrank.search.bench import Bench
-from onnx_lowrank.search.prediction import Prediction, size_problem
+from onnx_lowrank.search.prediction import NEIGHBOUR, Prediction, size_problem
 from onnx_lowrank.search.racer import Contestant
 from onnx_lowrank.search.trail import Trail
 
@@ -36,55 +36,6 @@ OVERSHOOT = 1.05
 # least this fast in comparison.
 DOUBTFUL = 0.95
 NO_SLOWER = 0.995
-
-
-@dataclass(frozen=True, eq=False)
-class Attempt:
-    """A finished model and what was found out about it.
-
-    Args:
-        chosen: One candidate per factorable layer.
-        plan: The same, to be written down.
-        path: The file.
-        record: What the factor pass did.
-        predicted_ms: Fixed before this model was first timed.
-        predicted_share: The same as a share of the normalized model's latency: the machine's speed drifts.
-        level: Optimization level it was timed at.
-        race: Original, normalized and this model in turns; None where time does not decide.
-        error: Relative error of the outputs where the goal limits it.
-    """
-
-    chosen: tuple[Candidate, ...]
-    plan: Plan
-    path: Path
-    record: PassRecord
-    predicted_ms: float
-    predicted_share: float
-    level: str = "all"
-    race: Paired | None = None
-    error: float | None = None
-
-    @property
-    def loss(self) -> float:
-        """Predicted damage."""
-        return _loss(self.chosen)
-
-
-@dataclass(frozen=True, eq=False)
-class Outcome:
-    """The best attempt, whether it reached the goal, and why, in words.
-
-    Args:
-        best: The attempt.
-        reached: Whether it reaches the goal.
-        reason: Why, in words.
-        put_back: Keys of layers whose chains were taken out again: the finished model is no slower without them.
-    """
-
-    best: Attempt
-    reached: bool
-    reason: str
-    put_back: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +87,7 @@ class Loop:
                 break
             attempt = self.timed(self._attempt(chosen, prediction))
             attempts.append(attempt)
-            measured = _scaled(attempt, prediction)
+            measured = scaled_ms(attempt, prediction)
             logger.info("predicted %.3f ms, measured %.3f ms", attempt.predicted_ms, measured)
             wanted = self._wanted(goal, attempt.race)
             reached, excess = _standing(goal, attempt)
@@ -169,8 +120,25 @@ class Loop:
         problem = size_problem(self.prediction.rows, goal, of_total, factorable)
         chosen = self.allocator(problem)
         kept = (problem.total(chosen) + of_total - factorable) / of_total if of_total else 1.0
-        attempt = self._attempt(chosen, self.prediction)
+        near = self.allocator(size_problem(self.prediction.rows, goal, of_total, factorable, NEIGHBOUR))
+        attempt = self._attempt(chosen, self._informed(chosen, near))
         return Outcome(attempt, kept <= goal.value * (1 + 1e-9), f"{kept:.3f} of the {problem.cost} remain")
+
+    def _informed(self, chosen: Sequence[Candidate], near: Sequence[Candidate]) -> Prediction:
+        """The prediction for `chosen`, corrected by timing another model that is much like it."""
+        if self.bench.late or same(chosen, near) or not any(c.chain and not c.exact for c in near):
+            return self.prediction
+        other = self.timed(self._attempt(near, self.prediction))
+        return self.prediction.learned(near, scaled_ms(other, self.prediction))
+
+    def _foretold(self, attempt: Attempt, others: Sequence[Sequence[Candidate]]) -> Attempt:
+        """The attempt with a prediction corrected by the choice that is most like its own."""
+        rest = [chosen for chosen in others if not same(chosen, attempt.chosen)]
+        if not rest:
+            return attempt
+        near = min(rest, key=lambda chosen: abs(self.prediction.ms(chosen) - attempt.predicted_ms))
+        ms = self._informed(attempt.chosen, near).ms(attempt.chosen)
+        return replace(attempt, predicted_ms=ms, predicted_share=ms / self.prediction.normalized_ms)
 
     def _faithful_enough(self, goal: Goal) -> Outcome:
         """The fastest model whose measured error is within the limit, looked for along the predicted loss."""
@@ -191,7 +159,7 @@ class Loop:
                 break
         if not any(candidate.chain for candidate in best.chosen):
             return self._kept("no rewrite stays within the limit: every layer is kept", reached=True)
-        best = self.timed(best)
+        best = self.timed(self._foretold(best, [attempt.chosen for attempt in found]))
         check = any(candidate.exact for candidate in best.chosen)
         if not check and best.race is not None and best.race.ratio(1, 2).high < 1:
             reason = f"what stays within the limit is slower ({best.race.ratio(1, 2)}): every layer is kept"
@@ -206,12 +174,12 @@ class Loop:
         slow, fast = self.prediction.normalized_ms, self.prediction.fastest_ms()
         best = tuple(self.allocator(self.prediction.problem(slow)))
         quickest = tuple(self.allocator(self.prediction.problem(fast)))
-        if _loss(quickest) <= loss:
+        if loss_of(quickest) <= loss:
             return quickest
         for _ in range(ALLOCATIONS):
             middle = (slow + fast) / 2
             chosen = tuple(self.allocator(self.prediction.problem(middle)))
-            if _loss(chosen) <= loss:
+            if loss_of(chosen) <= loss:
                 slow, best = middle, chosen
             else:
                 fast = middle
@@ -260,17 +228,6 @@ class Loop:
         return replace(attempt, level=final.level, race=self.bench.racer.race([self.original, self.normalized, final]))
 
 
-def same(a: Sequence[Candidate], b: Sequence[Candidate]) -> bool:
-    """Whether two choices write the same model."""
-    return [(c.key, c.method, c.rank) for c in a] == [(c.key, c.method, c.rank) for c in b]
-
-
-def _scaled(attempt: Attempt, prediction: Prediction) -> float:
-    """Measured latency on the scale of the prediction: the machine's speed drifts, ratios hold."""
-    assert attempt.race is not None  # noqa: S101 - only timed attempts come here
-    return prediction.normalized_ms / attempt.race.ratio(1, 2).value
-
-
 def _standing(goal: Goal, attempt: Attempt) -> tuple[bool, float]:
     """Whether a timed attempt reaches a speed goal, and its lower bound as a multiple of the goal."""
     assert attempt.race is not None  # noqa: S101 - only timed attempts come here
@@ -279,7 +236,3 @@ def _standing(goal: Goal, attempt: Attempt) -> tuple[bool, float]:
     else:
         share = goal.value / attempt.race.timings[2].ci95_ms[1]
     return share >= SAFE_SHARE, share
-
-
-def _loss(chosen: Sequence[Candidate]) -> float:
-    return sum(candidate.loss for candidate in chosen)

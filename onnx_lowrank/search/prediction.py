@@ -16,6 +16,8 @@ from onnx_lowrank.goals import Goal, KeepMacs
 from onnx_lowrank.search.table import Row
 
 KAPPA_RANGE = (0.5, 3.0)
+# A goal of size is approached from a model this much larger: timed first, it corrects the prediction.
+NEIGHBOUR = 1.15
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Prediction:
         return sum(dense[c.key].cost("ms") for c in changed), sum(chains)
 
 
-def size_problem(rows: Sequence[Row], goal: Goal, of_total: float, factorable: float) -> Problem:
+def size_problem(rows: Sequence[Row], goal: Goal, of_total: float, factorable: float, times: float = 1.0) -> Problem:
     """The allocation problem of a goal of size; needs no latencies.
 
     Args:
@@ -85,7 +87,8 @@ def size_problem(rows: Sequence[Row], goal: Goal, of_total: float, factorable: f
         goal: KeepMacs or KeepParams.
         of_total: What its share is a share of.
         factorable: How much of that the factorable layers hold.
+        times: Multiplies what may remain.
     """
     cost: Cost = "macs" if isinstance(goal, KeepMacs) else "params"
-    budget = goal.value * of_total - (of_total - factorable)
+    budget = times * goal.value * of_total - (of_total - factorable)
     return Problem(tuple(row.options for row in rows if row.factorable), cost, budget)

@@ -22,7 +22,7 @@ from onnx_lowrank.progress import Phases
 from onnx_lowrank.runtime import versions
 from onnx_lowrank.search.calibrated import PROBE_VERSION, CalibratedTable, Calibration
 from onnx_lowrank.search.factorizations import FactorizationCache
-from onnx_lowrank.search.prediction import size_problem
+from onnx_lowrank.search.prediction import NEIGHBOUR, size_problem
 from onnx_lowrank.search.prepare import Prepared
 from onnx_lowrank.search.source import Source
 from onnx_lowrank.search.survey import Survey
@@ -79,9 +79,10 @@ def _grid(found: Survey, target: Target, table: LatencyTable, *, by_size: bool) 
 def _of_size(
     rows: Sequence[Row], settings: Settings, found: Survey, graph: Graph
 ) -> set[tuple[str, str, tuple[int, ...]]]:
-    """What a goal of size chooses: time plays no part in it, so nothing else is timed."""
-    problem = size_problem(rows, settings.goal, *totals(settings, found, rows, graph))
-    return {(o.key, o.method, o.rank) for o in ALLOCATORS[settings.allocator](problem)}
+    """What a goal of size chooses, and its neighbour: time plays no part in it, so nothing else is timed."""
+    sizes = totals(settings, found, rows, graph)
+    problems = [size_problem(rows, settings.goal, *sizes, times) for times in (1.0, NEIGHBOUR)]
+    return {(o.key, o.method, o.rank) for problem in problems for o in ALLOCATORS[settings.allocator](problem)}
 
 
 def _calibration(
