@@ -10,13 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from builders import conv_model
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from onnx import TensorProto
 
 from onnx_lowrank.chain import Chain, Stage
 from onnx_lowrank.latency.chains import ChainTimer, Job
-from onnx_lowrank.latency.estimate import median_interval
 from onnx_lowrank.latency.grid import channel_block, known_block, smallest_block
 from onnx_lowrank.latency.measure import Clock, Until, in_turns, one_round, steady_clock
 from onnx_lowrank.latency.table import CACHE_VARIABLE, LatencyTable, cache_folder, table_key
@@ -172,17 +169,6 @@ def test_rounds_turn_around():
     assert one_round(runs, note) == [0.0, 1.0, 2.0]
     assert one_round(runs, note, backward=True) == [0.0, 1.0, 2.0]
     assert order == [0, 1, 2, 2, 1, 0]
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.integers(0, 10_000), st.integers(5, 60))
-def test_interval_holds_the_median(seed, count):
-    samples = np.random.default_rng(seed).lognormal(size=count)
-    low, high = median_interval(samples)
-    assert samples.min() <= low <= np.median(samples) <= high <= samples.max()
-    assert median_interval(samples) == (low, high)
-    scaled = median_interval(samples * 3)
-    assert scaled == pytest.approx((low * 3, high * 3))
 
 
 def test_clock_of_one_cpu_thread_ignores_other_processes():

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 from onnx_lowrank.errors import LowRankError, ProviderError
 from onnx_lowrank.latency.measure import Until
@@ -29,6 +29,7 @@ main()
 # -P: a module of the same name in the working folder is none of ours.
 COMMAND = (sys.executable, "-P", "-c", _START, str(Path(__file__).parents[1]))
 PATIENCE_S = 60.0
+_START_S = 120.0  # on a machine so busy that importing takes a minute
 # Providers that compile a model when it is opened.
 _COMPILING = frozenset({"tensorrt", "openvino", "coreml"})
 _COMPILE_S = 600.0
@@ -127,28 +128,35 @@ class Child:
         return found
 
     def _asked(self, contest: Contest) -> Finished:
-        process = self._started()
-        assert process.stdin is not None  # noqa: S101 - a pipe was asked for
+        if self._process is None or self._process.poll() is not None:
+            self._process = self._started()
+            self._heard(_START_S, None)
+        assert self._process.stdin is not None  # noqa: S101 - a pipe was asked for
         try:
-            send(process.stdin, contest)
+            send(self._process.stdin, contest)
         except OSError:
             raise MeasuringError(self._end(), None) from None
         doing = Working()
         while True:
-            patience = self._patience(contest, doing)
-            try:
-                said = self._said.get(timeout=patience)
-            except queue.Empty:
-                raise MeasuringError(f"did not answer within {patience:.0f} s", doing.index) from None
-            match said:
-                case Working():
-                    doing = said
-                case Finished():
-                    return said
-                case Broken():
-                    raise MeasuringError(said.reason, said.index)
+            match self._heard(self._patience(contest, doing), doing.index):
+                case Working() as doing:
+                    continue
+                case Finished() as found:
+                    return found
+                case Broken() as broken:
+                    raise MeasuringError(broken.reason, broken.index)
                 case _:
-                    raise MeasuringError(self._end(), doing.index)
+                    raise MeasuringError("said what it should not", doing.index)
+
+    def _heard(self, patience_s: float, index: int | None) -> Message:
+        """The next message; `index` is what the process is about to open."""
+        try:
+            said = self._said.get(timeout=patience_s)
+        except queue.Empty:
+            raise MeasuringError(f"did not answer within {patience_s:.0f} s", index) from None
+        if said is None:
+            raise MeasuringError(self._end(), index)
+        return said
 
     def _patience(self, contest: Contest, doing: Working) -> float:
         compiling = any(subject.target.provider in _COMPILING for subject in contest.subjects)
@@ -158,19 +166,18 @@ class Child:
         return self._patience_s + extra + sum(sizes) / _READ_BYTES_PER_S + running
 
     def _started(self) -> subprocess.Popen[bytes]:
-        if self._process is None or self._process.poll() is not None:
-            # As multiprocessing does for the processes it spawns: what can be imported here can be there.
-            path = os.pathsep.join(entry for entry in sys.path if entry)
-            self._said = queue.SimpleQueue()
-            self._process = subprocess.Popen(  # noqa: S603 - our own interpreter
-                self._command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env={**os.environ, "PYTHONPATH": path},
-            )
-            assert self._process.stdout is not None  # noqa: S101 - a pipe was asked for
-            threading.Thread(target=_listen, args=(self._process.stdout, self._said), daemon=True).start()
-        return self._process
+        # As multiprocessing does for the processes it spawns: what can be imported here can be there.
+        path = os.pathsep.join(entry for entry in sys.path if entry)
+        process = subprocess.Popen(  # noqa: S603 - our own interpreter
+            self._command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+        assert process.stdout is not None  # noqa: S101 - a pipe was asked for
+        self._said = queue.SimpleQueue()
+        threading.Thread(target=_listen, args=(process.stdout, self._said), daemon=True).start()
+        return process
 
     def _end(self) -> str:
         """How the process ended, in words."""
@@ -197,7 +204,7 @@ class Child:
         self._process = None
 
 
-def _listen(source: BinaryIO, said: queue.SimpleQueue[Message | None]) -> None:
+def _listen(source: IO[bytes], said: queue.SimpleQueue[Message | None]) -> None:
     while True:
         try:
             message = receive(source)

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 from onnx_lowrank.errors import LowRankError
 from onnx_lowrank.latency.measure import Clock, Paired, Until
@@ -92,7 +92,7 @@ class Broken:
 Message = Contest | Working | Finished | Broken
 
 
-def send(sink: BinaryIO, message: Message) -> None:
+def send(sink: IO[bytes], message: Message) -> None:
     """Write one message.
 
     Raises:
@@ -104,7 +104,7 @@ def send(sink: BinaryIO, message: Message) -> None:
     sink.flush()
 
 
-def receive(source: BinaryIO) -> Message | None:
+def receive(source: IO[bytes]) -> Message | None:
     """The next message; None if the other end is gone, even in the middle of one."""
     head = source.read(_LENGTH.size)
     if len(head) < _LENGTH.size:

@@ -1,4 +1,4 @@
-"""The measuring process: opens models and times them in turns, so that what crashes or hangs here crashes or hangs alone.
+"""The measuring process: opens models and times them in turns; what crashes or hangs here crashes or hangs alone.
 
 Started by `child.Child`; contests come on standard input, answers go to standard output.
 """
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 from onnx_lowrank.errors import LowRankError
 from onnx_lowrank.latency.interference import Interference, matrix_products, pin
@@ -136,18 +136,19 @@ class _Beating(Interference):
         super().begin()
 
 
-def serve(source: BinaryIO, sink: BinaryIO, open_run: Callable[[Subject], Run] = opened) -> None:
-    """Answer contests until the other end is gone."""
+def serve(source: IO[bytes], sink: IO[bytes], open_run: Callable[[Subject], Run] = opened) -> None:
+    """Say that it is ready, then answer contests until the other end is gone."""
     worker = Worker(lambda message: send(sink, message), open_run)
     requests: queue.SimpleQueue[Message] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(source, requests), daemon=True).start()
+    send(sink, Working())
     while True:
         request = requests.get()
         assert isinstance(request, Contest)  # noqa: S101 - the parent sends nothing else
         send(sink, worker.answer(request))
 
 
-def _read(source: BinaryIO, requests: queue.SimpleQueue[Message]) -> None:
+def _read(source: IO[bytes], requests: queue.SimpleQueue[Message]) -> None:
     """Beside the measurement, so that it ends in the middle of it when the parent does."""
     while (request := receive(source)) is not None:
         requests.put(request)
