@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 from typing import ClassVar
 
 
@@ -19,6 +20,10 @@ class LowRankError(Exception):
     def __init__(self, got: str, expected: str, do: str) -> None:
         self.got, self.expected, self.do = got, expected, do
         super().__init__(f"got {_one_line(got)}; expected {_one_line(expected)}; {_one_line(do)}")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """As it is, for another process: its message is not what it was made from."""
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # pyright: ignore[reportAttributeAccessIssue] - undocumented, but what pickle itself uses
 
 
 class InputError(LowRankError):

@@ -10,14 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from builders import conv_model
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from onnx import TensorProto
 
 from onnx_lowrank.chain import Chain, Stage
 from onnx_lowrank.latency.chains import ChainTimer, Job
 from onnx_lowrank.latency.grid import channel_block, known_block, smallest_block
-from onnx_lowrank.latency.measure import Clock, bootstrap_median, in_turns, one_round, paired, steady_clock
+from onnx_lowrank.latency.measure import Clock, Until, in_turns, one_round, steady_clock
 from onnx_lowrank.latency.table import CACHE_VARIABLE, LatencyTable, cache_folder, table_key
 from onnx_lowrank.layer import Form, Geometry, Layer, LayerShape, Site
 from onnx_lowrank.runtime import open_session
@@ -138,7 +136,7 @@ def test_key_depends_on_everything_a_latency_depends_on():
 def test_a_model_is_as_fast_as_itself_by_definition():
     session = open_session(conv_model((1, 3, 8, 8), (4, 3, 3, 3)).SerializeToString(), ONE)
     feeds = {"x": np.ones((1, 3, 8, 8), np.float32)}
-    result = paired([session, session], [feeds, feeds], rounds=9, budget_s=0.2)
+    result = in_turns([session.bind(feeds), session.bind(feeds)], Until(rounds=9, budget_s=0.2))
     assert result.rounds >= 9
     assert result.ratios[0] == 1.0
     assert result.ci95[0] == (1.0, 1.0)
@@ -148,7 +146,7 @@ def test_ratios_are_paired_within_rounds():
     drift = [1.0 + 0.5 * np.sin(i / 2) for i in range(500)]  # hits both alike, as a busy machine does
     slow, fast = Scripted(*drift), Scripted(*(value / 2 for value in drift))
     # Equal numbers of warm-up runs keep the two scripts in step.
-    result = in_turns([slow, fast], rounds=30, budget_s=0.0)
+    result = in_turns([slow, fast], Until(rounds=30, budget_s=0.0))
     assert result.rounds == 30
     assert result.ratios == pytest.approx((1.0, 2.0))
     assert not result.disturbed
@@ -157,7 +155,7 @@ def test_ratios_are_paired_within_rounds():
 def test_scattering_ratios_are_flagged():
     rng = np.random.default_rng(0)
     noisy = Scripted(*rng.uniform(1, 3, 400))
-    assert in_turns([Scripted(1.0), noisy], rounds=30, budget_s=0.0).disturbed
+    assert in_turns([Scripted(1.0), noisy], Until(rounds=30, budget_s=0.0)).disturbed
 
 
 def test_rounds_turn_around():
@@ -171,17 +169,6 @@ def test_rounds_turn_around():
     assert one_round(runs, note) == [0.0, 1.0, 2.0]
     assert one_round(runs, note, backward=True) == [0.0, 1.0, 2.0]
     assert order == [0, 1, 2, 2, 1, 0]
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.integers(0, 10_000), st.integers(5, 60))
-def test_bootstrap_interval_holds_the_median(seed, count):
-    samples = np.random.default_rng(seed).lognormal(size=count)
-    low, high = bootstrap_median(samples)
-    assert samples.min() <= low <= np.median(samples) <= high <= samples.max()
-    assert bootstrap_median(samples) == (low, high)
-    scaled = bootstrap_median(samples * 3)
-    assert scaled == pytest.approx((low * 3, high * 3))
 
 
 def test_clock_of_one_cpu_thread_ignores_other_processes():

@@ -1,37 +1,35 @@
 """Prices of chains: each is lowered as it will be written, timed alone, and remembered.
 
-Chains of one layer take turns with the layer itself, in rounds. A price is the median over the rounds of
-(chain / layer) times the layer's own latency, so that a busy or throttled machine shifts all prices alike. Taking
-turns also empties the caches between two runs of the same chain. What was in the table before is not timed again.
+Chains of one layer take turns with the layer itself, in rounds, until their ratios are known. A price is the median
+over the rounds of (chain / layer) times the layer's own latency, so that a busy or throttled machine shifts all prices
+alike. Taking turns also empties the caches between two runs of the same chain. What was in the table before is not
+timed again. All this happens in a process of its own: a chain that it dies of has no price.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 from onnx_lowrank.chain import Chain
-from onnx_lowrank.errors import LowRankError
-from onnx_lowrank.latency.measure import Clock, one_round, seconds, steady_clock, warm_up
+from onnx_lowrank.latency.child import Child, MeasuringError, shared
+from onnx_lowrank.latency.measure import DISTURBED_SHARE, Until, steady_clock
+from onnx_lowrank.latency.messages import Contest, Finished, Subject
 from onnx_lowrank.latency.table import LatencyTable, table_key
 from onnx_lowrank.layer import Layer, Site
 from onnx_lowrank.micro_model import chain_model
-from onnx_lowrank.runtime import BoundRun, Session, UnsupportedTypeError, open_session
-from onnx_lowrank.signature import Feeds
+from onnx_lowrank.runtime import UnsupportedTypeError
 from onnx_lowrank.target import Target
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
-_ROUNDS = 7
-_WARM_UP_S = 0.05
-_SHORTEST_S = 0.001  # a sample shorter than this is the mean of several runs
-_MOST_RUNS = 20
+_UNTIL = Until(rounds=9, half_width=0.02, most=21, sample_s=0.001, resting=True)
+_BUDGET_S = 1.0  # of each chain; an eighth at most warms up
 _OPEN_BYTES = 256 << 20  # weights of sessions held open at once; onnxruntime keeps about twice as much
 
 
@@ -68,16 +66,20 @@ class ChainTimer:
         target: Provider and threads; a float32 twin stands in where the provider lacks kernels for the layer's type.
         table: Where prices are kept between runs.
         level: Graph optimization level.
+        child: The measuring process; None: the one that everything shares.
 
     Attributes:
         timed: Pieces (chain at a site) timed so far; 0 when everything was in the table.
+        disturbed: Those of them that were timed beside other work on the machine.
         dropped: Chains that could not be timed.
     """
 
-    def __init__(self, target: Target, table: LatencyTable, level: str = "all") -> None:
+    def __init__(self, target: Target, table: LatencyTable, level: str = "all", child: Child | None = None) -> None:
         self.target, self.table, self.level = target, table, level
-        self.timed = 0
+        self.timed = self.disturbed = 0
         self.dropped: list[Dropped] = []
+        self._child = child or shared()
+        self._without_kernels: set[int] = set()
         self._clock = steady_clock(target)
 
     def price(self, jobs: Sequence[Job], progress: Progress | None = None) -> list[float | None]:
@@ -123,29 +125,48 @@ class ChainTimer:
             yield batch
 
     def _time(self, batch: Sequence[_Piece]) -> dict[str, float | None]:
-        opened: list[tuple[_Piece, BoundRun]] = []
+        found = self._measured(batch)
         prices: dict[str, float | None] = {}
-        for piece in batch:
-            try:
-                opened.append((piece, self._open(piece)))
-            except LowRankError as error:
-                self.dropped.append(Dropped(piece.job.layer, piece.job.chain, str(error)))
-                prices[piece.key] = None
-        if not opened:
+        for index, error in found.refused.items():
+            piece = batch[index]
+            reason = error.reason if isinstance(error, MeasuringError) else str(error)
+            self.dropped.append(Dropped(piece.job.layer, piece.job.chain, reason))
+            prices[piece.key] = None
+        timed = [piece for index, piece in enumerate(batch) if index not in found.refused]
+        if found.paired is None:
             return prices
-        samples = _sample([bound for _, bound in opened], self._clock)
-        first = opened[0][0]
-        ratios = np.median(samples / samples[:, :1], axis=0)
+        own_ms = found.paired.timings[0].median_ms
         # Prices of a layer timed in several batches, or in another run, share one scale: the layer's first latency.
-        scale = (self._remembered(first) if first.job.chain is None else None) or float(np.median(samples[:, 0])) * 1e3
-        for (piece, _), ratio in zip(opened, ratios, strict=True):
-            prices[piece.key] = ms = scale * float(ratio)
+        scale = (self._remembered(timed[0]) if timed[0].job.chain is None else None) or own_ms
+        for piece, ratio in zip(timed, found.paired.ratios, strict=True):
+            prices[piece.key] = ms = scale / ratio
             layer, stages = piece.job.layer, piece.job.chain.stages if piece.job.chain else ()
             what = f"{layer.form.op} {layer.shape} at {piece.site.input_shape}: {[stage.weight for stage in stages]}"
-            self.table.put(piece.key, ms, len(samples), what)
+            self.table.put(piece.key, ms, found.paired.rounds, what)
             logger.debug("%s %.3f ms", what, ms)
-        self.timed += len(opened)
+        self.timed += len(timed)
+        self.disturbed += len(timed) if found.paired.disturbed_rounds > DISTURBED_SHARE else 0
         return prices
+
+    def _measured(self, batch: Sequence[_Piece]) -> Finished:
+        """The batch in turns; as float32 where the provider lacks kernels for its type."""
+        until = replace(_UNTIL, budget_s=_BUDGET_S * len(batch))
+        subjects = [self._subject(piece) for piece in batch]
+        found = self._child.contest(Contest(subjects, until, self._clock))
+        lacking = {i for i, error in found.refused.items() if isinstance(error, UnsupportedTypeError)}
+        types = {batch[i].job.layer.form.elem_type for i in lacking} - self._without_kernels - {TensorProto.FLOAT}
+        if not types:
+            return found
+        self._without_kernels |= types
+        return self._measured(batch)
+
+    def _subject(self, piece: _Piece) -> Subject:
+        kind = piece.job.layer.form.elem_type
+        kind = TensorProto.FLOAT if kind in self._without_kernels else kind
+        model = chain_model(piece.job.layer, piece.job.chain, piece.site, elem_type=kind)
+        x = np.random.default_rng(0).standard_normal(piece.site.input_shape)
+        feeds = {model.graph.input[0].name: x.astype(helper.tensor_dtype_to_np_dtype(kind))}
+        return Subject(model.SerializeToString(), self.level, self.target, [(feeds, 1.0)])
 
     def _remembered(self, piece: _Piece) -> float | None:
         hits, misses = self.table.hits, self.table.misses
@@ -153,40 +174,10 @@ class ChainTimer:
         self.table.hits, self.table.misses = hits, misses  # nobody asked for this price
         return remembered
 
-    def _open(self, piece: _Piece) -> BoundRun:
-        layer, chain = piece.job.layer, piece.job.chain
-        try:
-            model = chain_model(layer, chain, piece.site)
-            session = open_session(model.SerializeToString(), self.target, self.level)
-        except UnsupportedTypeError:
-            twin = chain_model(layer, chain, piece.site, elem_type=TensorProto.FLOAT)
-            session = open_session(twin.SerializeToString(), self.target, self.level)
-        return session.bind(_feeds(session, piece.site))
-
 
 def _total(parts: Sequence[tuple[float, float | None]]) -> float | None:
     prices = [count * ms for count, ms in parts if ms is not None]
     return sum(prices) if len(prices) == len(parts) else None
-
-
-def _sample(bound: Sequence[BoundRun], clock: Clock) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
-    """Seconds, rounds x sessions."""
-    warm_up(bound, _WARM_UP_S * len(bound))
-    runs = {id(run): _runs_per_sample(seconds(run, clock)) for run in bound}
-
-    def mean(run: BoundRun) -> float:
-        return sum(seconds(run, clock) for _ in range(runs[id(run)])) / runs[id(run)]
-
-    return np.array([one_round(bound, mean, backward=number % 2 == 1) for number in range(_ROUNDS)])
-
-
-def _runs_per_sample(one_run_s: float) -> int:
-    return min(_MOST_RUNS, max(1, math.ceil(_SHORTEST_S / max(one_run_s, 1e-9))))
-
-
-def _feeds(session: Session, site: Site) -> Feeds:
-    rng = np.random.default_rng(0)
-    return {spec.name: rng.standard_normal(site.input_shape).astype(spec.dtype) for spec in session.signature.inputs}
 
 
 def _weight_bytes(piece: _Piece) -> int:

@@ -11,9 +11,10 @@ from typing import Literal
 import numpy as np
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from onnx_lowrank.latency.measure import one_round, seconds, steady_clock, warm_up
+from onnx_lowrank.latency.child import shared
+from onnx_lowrank.latency.measure import Until, steady_clock
+from onnx_lowrank.latency.messages import Contest, Subject
 from onnx_lowrank.latency.table import LatencyTable, table_key
-from onnx_lowrank.runtime import open_session
 from onnx_lowrank.target import Target
 
 Kind = Literal["conv", "matmul"]
@@ -21,7 +22,7 @@ _LOW, _HIGH = 32, 64
 _BLOCKS = (4, 8, 16)
 _LARGEST = 32
 _RANKS = sorted({_LOW, _HIGH} | {rank for block in _BLOCKS for rank in (_LOW + block, _HIGH - block)})
-_ROUNDS = 61
+_UNTIL = Until(rounds=61, budget_s=4.0, most=122)
 _CHANNELS = 128
 
 
@@ -65,15 +66,14 @@ def smallest_block(latency: dict[int, float]) -> int:
 
 def _probe(target: Target, kind: Kind) -> dict[int, float]:
     """Rank -> latency relative to rank 64."""
-    bound = [
-        open_session(_chain(rank, kind).SerializeToString(), target).bind({"x": np.ones(_shape(kind), np.float32)})
-        for rank in _RANKS
-    ]
-    clock = steady_clock(target)
-    warm_up(bound, 1.0)
-    samples = np.array([one_round(bound, lambda run: seconds(run, clock), backward=i % 2 == 1) for i in range(_ROUNDS)])
-    medians = np.median(samples / samples[:, -1:], axis=0)
-    return dict(zip(_RANKS, map(float, medians), strict=True))
+    feeds = {"x": np.ones(_shape(kind), np.float32)}
+    ranks = [_HIGH, *(rank for rank in _RANKS if rank != _HIGH)]
+    subjects = [Subject(_chain(rank, kind).SerializeToString(), "all", target, [(feeds, 1.0)]) for rank in ranks]
+    found = shared().ask(Contest(subjects, _UNTIL, steady_clock(target)))
+    for error in found.refused.values():
+        raise error
+    assert found.paired is not None  # noqa: S101 - nothing was refused
+    return {rank: 1 / ratio for rank, ratio in zip(ranks, found.paired.ratios, strict=True)}
 
 
 def _shape(kind: Kind) -> tuple[int, ...]:

@@ -1,30 +1,32 @@
-"""The clock: medians with bootstrap intervals, and models compared in turns so that a disturbance hits all of them.
+"""Models compared in turns, so that a disturbance hits all of them, until their ratios are known.
 
 A machine is never quiet. Models are therefore run A B C, C B A, A B C, ... and only the ratios within a round are
-compared; an interval comes from resampling rounds. On one CPU thread `Clock.CPU` counts the time the thread really
-ran: equal to the wall clock on an idle machine, and untouched by other processes on a busy one.
+compared; `estimate` gives their intervals. Around every round a `Witness` looks for other work on the machine: rounds
+it saw disturbed are repeated, and where that does not help they are used and said to be so. On one CPU thread
+`Clock.CPU` counts the time the thread really ran: equal to the wall clock on an idle machine, and untouched by other
+processes on a busy one.
 """
 
 from __future__ import annotations
 
 import enum
+import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_lowrank.runtime import Session
-from onnx_lowrank.signature import Feeds
+from onnx_lowrank.latency.estimate import Interval, Ratio, median_interval, ratio_of
 from onnx_lowrank.target import Target
 
-Interval = tuple[float, float]
 R = TypeVar("R")
-_RESAMPLES = 1000
-_WIDTH = 0.015  # half width of the interval of a ratio at which more rounds are of no use
 _WARM_UP_RUNS = 10
+_MOST_RUNS = 20
+# A measurement of which more than this share of the rounds was disturbed is called so.
+DISTURBED_SHARE = 0.25
 
 
 class Run(Protocol):
@@ -32,6 +34,18 @@ class Run(Protocol):
 
     def seconds(self) -> float:
         """Run once; wall clock."""
+        ...
+
+
+class Witness(Protocol):
+    """Sees what else the machine does; see `interference`."""
+
+    def begin(self) -> None:
+        """A round starts now."""
+        ...
+
+    def disturbed(self) -> bool:
+        """Whether something disturbed the round that ends now."""
         ...
 
 
@@ -43,24 +57,33 @@ class Clock(enum.Enum):
 
 
 @dataclass(frozen=True)
+class Until:
+    """When enough was measured.
+
+    Args:
+        rounds: At least so many.
+        budget_s: Wall clock after which no round beyond these is begun; an eighth of it may go into warming up.
+        half_width: Of the 95 % interval of a ratio, as a share of it, at which it is known.
+        most: Rounds at most, those repeated because they were disturbed included; None: what the budget allows.
+        sample_s: A sample of a shorter run is the mean of several.
+        resting: A model whose ratio is known is run no more while others are not; then only ratios to the first count.
+    """
+
+    rounds: int = 9
+    budget_s: float = 20.0
+    half_width: float = 0.015
+    most: int | None = None
+    sample_s: float = 0.0
+    resting: bool = False
+
+
+@dataclass(frozen=True)
 class Timing:
-    """Latency of one model; the interval is of the median, 95 %."""
+    """Latency of one model; the interval is of the median, 95 %. Samples are NaN in rounds it rested in."""
 
     median_ms: float
     ci95_ms: Interval
     samples_ms: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """How many times as fast one model is as another: median over the rounds, 95 % bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f}x ({self.low:.3f} to {self.high:.3f})"
 
 
 @dataclass(frozen=True)
@@ -70,10 +93,13 @@ class Paired:
     Args:
         timings: One per model, in the order given.
         ratios: Median over the rounds of (first model / this model): above 1 is faster than the first. First entry: 1.
-        ci95: Bootstrap interval of each ratio.
-        rounds: Times every model was run.
+        ci95: Interval of each ratio.
+        rounds: Rounds these figures are taken from.
         clock: What was read.
-        disturbed: The machine was too busy to trust the ratios: they drift, scatter, or stay wide.
+        disturbed: The machine was too busy to trust the ratios: they drift, scatter or stay wide, or other work was
+            seen in more than a quarter of the rounds.
+        disturbed_rounds: Share of all rounds, repeated ones included, that other work was seen in.
+        cores: Processor cores the measuring process was pinned to; empty where that cannot be done.
     """
 
     timings: tuple[Timing, ...]
@@ -82,11 +108,25 @@ class Paired:
     rounds: int
     clock: Clock
     disturbed: bool
+    disturbed_rounds: float = 0.0
+    cores: tuple[int, ...] = ()
 
     def ratio(self, slow: int, fast: int) -> Ratio:
         """Time of model `slow` over that of model `fast`, within the rounds."""
-        ratios = np.array(self.timings[slow].samples_ms) / np.array(self.timings[fast].samples_ms)
-        return Ratio(float(np.median(ratios)), *bootstrap_median(ratios))
+        return ratio_of(np.array(self.timings[slow].samples_ms) / np.array(self.timings[fast].samples_ms))
+
+    def on(self, cores: tuple[int, ...]) -> Paired:
+        """The same, measured on these cores."""
+        return replace(self, cores=cores)
+
+
+class _Quiet:
+    """A witness who sees nothing."""
+
+    def begin(self) -> None: ...
+
+    def disturbed(self) -> bool:
+        return False
 
 
 def steady_clock(target: Target) -> Clock:
@@ -94,45 +134,44 @@ def steady_clock(target: Target) -> Clock:
     return Clock.CPU if target.provider == "cpu" and target.threads == 1 else Clock.WALL
 
 
-def paired(
-    sessions: Sequence[Session],
-    feeds_list: Sequence[Feeds],
-    rounds: int = 9,
-    budget_s: float = 20.0,
-    clock: Clock = Clock.WALL,
-) -> Paired:
-    """Time models in turns until every ratio is known to 1.5 % or the budget is spent.
+def in_turns(runs: Sequence[Run], until: Until, clock: Clock = Clock.WALL, witness: Witness | None = None) -> Paired:
+    """Time everything in turns until every ratio to the first is known or the budget is spent.
 
     Args:
-        sessions: The first is the one the others are compared with.
-        feeds_list: One sample per session.
-        rounds: At least so many, whatever the budget.
-        budget_s: Wall clock, warm-up included.
+        runs: The first is the one the others are compared with.
+        until: When to stop.
         clock: See `Clock`.
+        witness: Looks for other work on the machine.
     """
-    bound = [session.bind(feeds) for session, feeds in zip(sessions, feeds_list, strict=True)]
-    return in_turns(bound, rounds, budget_s, clock)
+    witness = witness or _Quiet()
+    deadline = time.perf_counter() + until.budget_s
+    warm_up(runs, until.budget_s / 8)
+    repeats = [_repeats(run, clock, until.sample_s) for run in runs]
+    rows: list[list[float]] = []
+    seen: list[bool] = []
+    resting: set[int] = set()
 
+    def sample(index: int) -> float:
+        if index in resting:
+            return math.nan
+        return sum(seconds(runs[index], clock) for _ in range(repeats[index])) / repeats[index]
 
-def in_turns(runs: Sequence[Run], rounds: int, budget_s: float, clock: Clock = Clock.WALL) -> Paired:
-    """`paired` for anything that can be run; the first is the one the others are compared with."""
-    deadline = time.perf_counter() + budget_s
-    warm_up(runs, budget_s / 8)
-    samples: list[list[float]] = []
-    while len(samples) < rounds or (time.perf_counter() < deadline and not _settled(samples)):
-        samples.append(one_round(runs, lambda run: seconds(run, clock), backward=len(samples) % 2 == 1))
-    table = np.array(samples)
-    ratios = table[:, :1] / table
-    intervals = tuple(bootstrap_median(column) for column in ratios.T)
-    medians = tuple(float(value) for value in np.median(ratios, axis=0))
-    return Paired(
-        timings=tuple(_timing(column) for column in table.T),
-        ratios=medians,
-        ci95=intervals,
-        rounds=len(samples),
-        clock=clock,
-        disturbed=any(_is_disturbed(column) for column in ratios.T[1:]),
-    )
+    while True:
+        witness.begin()
+        rows.append(one_round(range(len(runs)), sample, backward=len(rows) % 2 == 1))
+        seen.append(witness.disturbed())
+        if len(rows) < until.rounds:
+            continue
+        table = _trusted(rows, seen, until.rounds)
+        known = {index for index in range(1, len(runs)) if _is_known(table, index, until)}
+        quiet = len(rows) - sum(seen)
+        # On a machine that is hardly ever quiet there is nothing to wait for.
+        if len(known) == len(runs) - 1 and (quiet >= until.rounds or quiet < DISTURBED_SHARE * len(rows)):
+            break
+        if time.perf_counter() >= deadline or len(rows) == until.most:
+            break
+        resting = known if until.resting and len(known) < len(runs) - 1 else set()
+    return _paired(_trusted(rows, seen, until.rounds), clock, sum(seen) / len(seen))
 
 
 def one_round(runs: Sequence[R], measure: Callable[[R], float], *, backward: bool = False) -> list[float]:
@@ -165,33 +204,47 @@ def warm_up(runs: Sequence[Run], budget_s: float) -> None:
             best = now
 
 
-def bootstrap_median(samples: NDArray[np.float64]) -> Interval:
-    """95 % percentile bootstrap interval of the median; the resampling is seeded."""
-    generator = np.random.default_rng(0)
-    drawn = generator.choice(samples, size=(_RESAMPLES, len(samples)))
-    low, high = np.quantile(np.median(drawn, axis=1), (0.025, 0.975))
-    return float(low), float(high)
+def _repeats(run: Run, clock: Clock, sample_s: float) -> int:
+    if sample_s == 0:
+        return 1
+    return min(_MOST_RUNS, max(1, math.ceil(sample_s / max(seconds(run, clock), 1e-9))))
+
+
+def _trusted(rows: Sequence[Sequence[float]], seen: Sequence[bool], fewest: int) -> NDArray[np.float64]:
+    """The rounds that nothing disturbed; all of them where those are too few."""
+    table, quiet = np.array(rows), ~np.array(seen)
+    return table[quiet] if quiet.sum() >= fewest else table
+
+
+def _is_known(table: NDArray[np.float64], index: int, until: Until) -> bool:
+    ratios = table[:, 0] / table[:, index]
+    taken = np.count_nonzero(~np.isnan(ratios))
+    return bool(taken >= until.rounds) and ratio_of(ratios).half_width <= until.half_width
+
+
+def _paired(table: NDArray[np.float64], clock: Clock, disturbed_rounds: float) -> Paired:
+    ratios = table[:, :1] / table
+    found = [ratio_of(column) for column in ratios.T]
+    busy = any(_is_unsteady(column[~np.isnan(column)]) for column in ratios.T[1:])
+    return Paired(
+        timings=tuple(_timing(column) for column in table.T),
+        ratios=tuple(ratio.value for ratio in found),
+        ci95=tuple((ratio.low, ratio.high) for ratio in found),
+        rounds=len(table),
+        clock=clock,
+        disturbed=busy or disturbed_rounds > DISTURBED_SHARE,
+        disturbed_rounds=disturbed_rounds,
+    )
 
 
 def _timing(samples_s: NDArray[np.float64]) -> Timing:
     in_ms = samples_s * 1e3
-    return Timing(float(np.median(in_ms)), bootstrap_median(in_ms), tuple(float(value) for value in in_ms))
+    taken = in_ms[~np.isnan(in_ms)]
+    return Timing(float(np.median(taken)), median_interval(taken), tuple(float(value) for value in in_ms))
 
 
-def _settled(samples: list[list[float]]) -> bool:
-    if len(samples) % 4:  # resampling after every round would cost more than a small model
-        return False
-    table = np.array(samples)
-    return all(_half_width(column) <= _WIDTH for column in (table[:, :1] / table)[:, 1:].T)
-
-
-def _half_width(ratios: NDArray[np.float64]) -> float:
-    low, high = bootstrap_median(ratios)
-    return (high - low) / 2 / float(np.median(ratios))
-
-
-def _is_disturbed(ratios: NDArray[np.float64]) -> bool:
+def _is_unsteady(ratios: NDArray[np.float64]) -> bool:
     third = max(1, len(ratios) // 3)
     low, median, high = np.quantile(ratios, (0.25, 0.5, 0.75))
     drift = abs(float(np.median(ratios[:third]) / np.median(ratios[-third:])) - 1)
-    return drift > 0.05 or float((high - low) / median) > 0.2 or _half_width(ratios) > 2 * _WIDTH
+    return drift > 0.05 or float((high - low) / median) > 0.2 or ratio_of(ratios).half_width > 0.03

@@ -1,45 +1,20 @@
-"""Model files run against each other in turns, over several inputs, in a bounded amount of memory."""
+"""Model files run against each other in turns, over several inputs, in a bounded amount of memory.
+
+They run in the measuring process: a model that crashes or hangs it is a `MeasuringError`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from onnx_lowrank.graph.size import LARGE_BYTES, file_bytes
-from onnx_lowrank.latency.measure import Clock, Paired, Run, in_turns, steady_clock
-from onnx_lowrank.runtime import open_session
-from onnx_lowrank.signature import Feeds
+from onnx_lowrank.latency.child import shared
+from onnx_lowrank.latency.measure import Clock, Paired, Until, steady_clock
+from onnx_lowrank.latency.messages import Contest, Subject, Weighted
 from onnx_lowrank.target import Target
 
-Weighted = tuple[Feeds, float]
 ROUNDS, LARGE_ROUNDS = 9, 5
-
-
-@dataclass(frozen=True, eq=False)
-class OverSamples:
-    """One run on every sample, weighted."""
-
-    runs: Sequence[tuple[Run, float]]
-
-    def seconds(self) -> float:
-        """Weighted sum over the samples."""
-        return sum(weight * run.seconds() for run, weight in self.runs)
-
-
-@dataclass(frozen=True, eq=False)
-class OpenedEachTime:
-    """A model too large to stay open beside others: opened, run once to warm up, timed, closed."""
-
-    path: Path
-    level: str
-    target: Target
-    samples: Sequence[Weighted]
-
-    def seconds(self) -> float:
-        """Weighted sum over the samples, without opening and warming up."""
-        session = open_session(self.path, self.target, self.level)
-        return sum(weight * min(session.time(feeds, 3)) for feeds, weight in self.samples)
 
 
 def race(entries: Sequence[tuple[Path, str]], target: Target, samples: Sequence[Weighted], budget_s: float) -> Paired:
@@ -53,6 +28,7 @@ def race(entries: Sequence[tuple[Path, str]], target: Target, samples: Sequence[
 
     Raises:
         InputError, ProviderError: if a model does not open or run.
+        MeasuringError: if the measuring process dies of a model.
     """
     return _race([(path, level, target) for path, level in entries], samples, budget_s)
 
@@ -65,10 +41,15 @@ def race_targets(
 
 
 def _race(entries: Sequence[tuple[Path, str, Target]], samples: Sequence[Weighted], budget_s: float) -> Paired:
-    if sum(file_bytes(path) for path, _, _ in entries) > LARGE_BYTES:
-        lazy = [OpenedEachTime(path, level, target, samples) for path, level, target in entries]
-        return in_turns(lazy, LARGE_ROUNDS, budget_s, Clock.WALL)
-    sessions = [open_session(path, target, level) for path, level, target in entries]
-    runs = [OverSamples([(session.bind(feeds), weight) for feeds, weight in samples]) for session in sessions]
+    # The measuring process stays in the folder it was started in.
+    subjects = [Subject(path.absolute(), level, target, samples) for path, level, target in entries]
     clocks = {steady_clock(target) for _, _, target in entries}
-    return in_turns(runs, ROUNDS, budget_s, clocks.pop() if len(clocks) == 1 else Clock.WALL)
+    clock = clocks.pop() if len(clocks) == 1 else Clock.WALL
+    contest = Contest(subjects, Until(ROUNDS, budget_s), clock)
+    if sum(file_bytes(path) for path, _, _ in entries) > LARGE_BYTES:
+        contest = Contest(subjects, Until(LARGE_ROUNDS, budget_s), Clock.WALL, one_by_one=True)
+    found = shared().ask(contest)
+    for error in found.refused.values():
+        raise error
+    assert found.paired is not None  # noqa: S101 - nothing was refused
+    return found.paired

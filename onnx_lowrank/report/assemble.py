@@ -30,6 +30,8 @@ from onnx_lowrank.validation import Validation, compare
 
 # Below this speedup by low rank alone the report says that it is not worth it.
 WORTH_IT = 1.1
+# The report says that measurements were disturbed if more than this share of the prices was; the final race always.
+DISTURBED_PRICES = 0.1
 
 
 def assemble(analysis: Analysis, settings: Settings, path: Path, phases: Phases) -> Report:
@@ -88,6 +90,7 @@ def assemble(analysis: Analysis, settings: Settings, path: Path, phases: Phases)
             "os": platform.platform(),
             "provider": settings.target.provider,
             "provider_options": dict(settings.target.provider_options),
+            "measured_on_cores": list(analysis.bench.racer.cores),
         },
         passes=tuple(
             {
@@ -133,7 +136,7 @@ def _latency(analysis: Analysis, path: Path) -> Latency:
         low_rank_ci95=(low_rank.low, low_rank.high),
         samples=race.rounds,
         clock=race.clock.value,
-        disturbed=race.disturbed,
+        disturbed=race.disturbed or analysis.timer.disturbed > DISTURBED_PRICES * analysis.timer.timed,
         levels=levels,
     )
 

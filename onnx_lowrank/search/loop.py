@@ -10,6 +10,7 @@ from pathlib import Path
 from onnx_lowrank.allocators import Allocator
 from onnx_lowrank.candidates import Candidate
 from onnx_lowrank.goals import Goal, KeepMacs, KeepParams, LatencyMs, Speedup
+from onnx_lowrank.latency.child import MeasuringError
 from onnx_lowrank.latency.measure import Paired
 from onnx_lowrank.plan import DATA_FREE, Plan
 from onnx_lowrank.search.attempt import Attempt, Outcome, loss_of, same, scaled_ms
@@ -70,13 +71,16 @@ class Loop:
             of_total: For goals of size: what its share is a share of.
             factorable: For goals of size: how much of it the factorable layers hold.
         """
-        match goal:
-            case Speedup() | LatencyMs():
-                return self._fast_enough(goal)
-            case KeepMacs() | KeepParams():
-                return self._small_enough(goal, of_total, factorable)
-            case _:
-                return self._faithful_enough(goal)
+        try:
+            match goal:
+                case Speedup() | LatencyMs():
+                    return self._fast_enough(goal)
+                case KeepMacs() | KeepParams():
+                    return self._small_enough(goal, of_total, factorable)
+                case _:
+                    return self._faithful_enough(goal)
+        except MeasuringError as error:
+            return self._kept(f"the model found was not chosen: {error.reason}", reached=False)
 
     def _fast_enough(self, goal: Goal) -> Outcome:
         prediction, attempts = self.prediction, list[Attempt]()
@@ -85,7 +89,13 @@ class Loop:
             chosen = self.allocator(prediction.problem(wanted / AIM))
             if any(same(chosen, old.chosen) for old in attempts):
                 break
-            attempt = self.timed(self._attempt(chosen, prediction))
+            try:
+                attempt = self.timed(self._attempt(chosen, prediction))
+            except MeasuringError as error:
+                if not attempts:
+                    raise
+                logger.warning("one of the models found was not chosen: %s", error.reason)
+                break
             attempts.append(attempt)
             measured = scaled_ms(attempt, prediction)
             logger.info("predicted %.3f ms, measured %.3f ms", attempt.predicted_ms, measured)

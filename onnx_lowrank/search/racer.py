@@ -42,6 +42,9 @@ class Racer:
         folder: For float32 twins.
         as_float32: The provider has no kernels for the models' element types: their float32 twins run instead.
         seconds: Budget of one race.
+
+    Attributes:
+        cores: Processor cores that the last race was pinned to.
     """
 
     target: Target
@@ -49,6 +52,7 @@ class Racer:
     folder: Path
     as_float32: bool = False
     seconds: float = 15.0
+    cores: tuple[int, ...] = field(default=(), init=False)
     _twins: dict[Path, Path] = field(default_factory=dict[Path, Path], init=False)
 
     def best_level(self, path: Path) -> Contestant:
@@ -63,7 +67,9 @@ class Racer:
         """Run the contestants in turns on every sample; milliseconds are weighted over the samples."""
         entries = [(self.runnable(contestant.path), contestant.level) for contestant in contestants]
         weighted = [(self.fed(sample), sample.weight) for sample in self.samples]
-        return race(entries, self.target, weighted, seconds or self.seconds)
+        timed = race(entries, self.target, weighted, seconds or self.seconds)
+        self.cores = timed.cores
+        return timed
 
     def runnable(self, path: Path) -> Path:
         """The file itself, or its float32 twin where the element types have no kernels."""

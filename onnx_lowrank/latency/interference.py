@@ -1,0 +1,134 @@
+"""What else the machine does while it measures: a kernel of fixed work, and cores of one's own.
+
+The same small matrix product is run before and after every round. A round counts as disturbed if
+
+* the kernel took more processor time than 1.3 times its best: something shares the core's units, its caches or its
+  power. A quiet machine's kernel stays within 1.1 of its best; a busy sibling hyperthread costs 1.4 and more;
+* or more than a tenth of the round's wall time went to others, where the round is one thread that never waits:
+  interrupts take about a hundredth, a second process on the same core a half.
+
+The two see different things: processor time does not count while another process runs, wall time does not tell a slow
+processor from a long computation.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from onnx import parser
+
+from onnx_lowrank.runtime import open_session
+from onnx_lowrank.target import Target
+
+SLOWER = 1.3
+STOLEN = 0.1
+_SIDE = 192
+_TRIES = 3
+_MOST_CORES = 16
+_WARM_UP_RUNS = 20
+_PRODUCTS = f"""
+    <ir_version: 7, opset_import: ["": 13]>
+    kernel (float[{_SIDE},{_SIDE}] x) => (float[{_SIDE},{_SIDE}] y)
+    {{ a = MatMul(x, x)  b = MatMul(a, x)  c = MatMul(b, x)  y = MatMul(c, x) }}
+"""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A point in time on both clocks, in seconds."""
+
+    wall: float
+    cpu: float
+
+    @staticmethod
+    def now() -> Moment:
+        """This one, for the calling thread."""
+        return Moment(time.perf_counter(), time.thread_time())
+
+    def stolen_until(self, end: Moment) -> float:
+        """Share of the wall time up to `end` that the thread did not run."""
+        return 1 - (end.cpu - self.cpu) / max(end.wall - self.wall, 1e-9)
+
+
+@dataclass
+class Interference:
+    """Judges rounds; a `measure.Witness`.
+
+    Args:
+        kernel: Does a fixed amount of work and returns the processor seconds it took.
+        now: Reads both clocks.
+        waits: Rounds wait for other threads or a device: only the kernel is judged.
+        best: Processor seconds of the kernel on an undisturbed machine, as far as known.
+    """
+
+    kernel: Callable[[], float]
+    now: Callable[[], Moment] = Moment.now
+    waits: bool = False
+    best: float = math.inf
+    _slow: bool = field(default=False, init=False)
+    _start: Moment | None = field(default=None, init=False)
+
+    def begin(self) -> None:
+        """A round starts now. The kernel ran after the last one already, unless this is the first."""
+        if self._start is None:
+            self._look()
+        self._start = self.now()
+
+    def disturbed(self) -> bool:
+        """Whether the kernel was slow before or after the round that ends now, or others ran in between."""
+        assert self._start is not None  # noqa: S101 - begin comes first
+        stolen = 0.0 if self.waits else self._start.stolen_until(self.now())
+        slow_before = self._slow
+        self._look()
+        return slow_before or self._slow or stolen > STOLEN
+
+    def _look(self) -> None:
+        took = self.kernel()
+        self.best = min(self.best, took)
+        self._slow = took > SLOWER * self.best
+
+
+def matrix_products() -> Callable[[], float]:
+    """The kernel: four products of 192 x 192 matrices on one thread, about 1 ms; returns its processor seconds."""
+    model = parser.parse_model(_PRODUCTS).SerializeToString()
+    eye = np.eye(_SIDE, dtype=np.float32)
+    bound = open_session(model, Target(threads=1)).bind({"x": eye})
+
+    def kernel() -> float:
+        start = time.thread_time()
+        bound.seconds()
+        return time.thread_time() - start
+
+    for _ in range(_WARM_UP_RUNS):
+        kernel()
+    return kernel
+
+
+def pin(threads: int, kernel: Callable[[], float], allowed: set[int]) -> tuple[int, ...]:
+    """Bind this thread, and the threads it will start, to the cores that are fastest at the moment.
+
+    Args:
+        threads: As many cores.
+        kernel: Is run on every core to see how fast that one is.
+        allowed: Cores to choose from.
+
+    Returns:
+        The cores; empty where a process cannot be bound.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        return ()
+    speed: dict[int, float] = {}
+    for core in sorted(allowed)[: max(_MOST_CORES, threads)]:
+        os.sched_setaffinity(0, {core})
+        start = time.perf_counter()  # waiting for a busy core counts
+        for _ in range(_TRIES):
+            kernel()
+        speed[core] = time.perf_counter() - start
+    chosen = tuple(sorted(sorted(speed, key=speed.__getitem__)[:threads]))
+    os.sched_setaffinity(0, chosen)
+    return chosen

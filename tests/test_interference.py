@@ -1,0 +1,128 @@
+"""Other work on the machine is seen and its rounds repeated; enough is measured, and no more."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from onnx_lowrank.latency.interference import Interference, Moment, matrix_products, pin
+from onnx_lowrank.latency.measure import Until, in_turns
+
+
+class Drawn:
+    """A run of `level` seconds with lognormal noise."""
+
+    def __init__(self, level: float, noise: float, seed: int) -> None:
+        self.level, self.noise, self.runs = level, noise, 0
+        self._rng = np.random.default_rng(seed)
+
+    def seconds(self) -> float:
+        self.runs += 1
+        return self.level * self._rng.lognormal(0, self.noise)
+
+
+class Said:
+    """A witness who says what it was told to."""
+
+    def __init__(self, *verdicts: bool) -> None:
+        self._verdicts = itertools.cycle(verdicts)
+
+    def begin(self) -> None: ...
+
+    def disturbed(self) -> bool:
+        return next(self._verdicts)
+
+
+def watched(kernel: list[float], clocks: list[tuple[float, float]], *, waits: bool = False) -> Interference:
+    """An `Interference` that sees these kernel times and clocks."""
+    times, moments = iter(kernel), iter(Moment(*pair) for pair in clocks)
+    return Interference(lambda: next(times), lambda: next(moments), waits)
+
+
+def verdicts(witness: Interference, rounds: int) -> Iterator[bool]:
+    for _ in range(rounds):
+        witness.begin()
+        yield witness.disturbed()
+
+
+def test_a_slow_kernel_disturbs_the_rounds_on_both_sides() -> None:
+    clocks = [(float(i), float(i)) for i in range(8)]
+    assert list(verdicts(watched([1.0, 1.1, 1.4, 1.0, 1.2], clocks), 4)) == [False, True, True, False]
+
+
+def test_time_that_went_to_others_disturbs() -> None:
+    clocks = [(0.0, 0.0), (1.0, 0.95), (2.0, 1.0), (3.0, 1.5)]
+    assert list(verdicts(watched([1.0] * 3, clocks), 2)) == [False, True]
+    assert list(verdicts(watched([1.0] * 3, clocks, waits=True), 2)) == [False, False]
+
+
+def test_the_real_kernel_takes_about_a_millisecond_of_this_thread() -> None:
+    kernel = matrix_products()
+    assert 1e-5 < min(kernel() for _ in range(5)) < 0.1
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to cores")
+def test_pinned_to_the_cores_that_are_allowed() -> None:
+    allowed = os.sched_getaffinity(0)
+    try:
+        assert pin(1, lambda: 0.0, {max(allowed)}) == (max(allowed),)
+        assert os.sched_getaffinity(0) == {max(allowed)}
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+def test_quiet_ratios_are_known_after_the_fewest_rounds_and_noisy_ones_later() -> None:
+    quiet = in_turns([Drawn(1, 0.002, 0), Drawn(0.5, 0.002, 1)], Until(9, 60.0))
+    noisy = in_turns([Drawn(1, 0.05, 0), Drawn(0.5, 0.05, 1)], Until(9, 60.0))
+    assert quiet.rounds == 9
+    assert 40 < noisy.rounds < 1000
+    for found in (quiet, noisy):
+        assert found.ratio(0, 1).half_width <= 0.015
+        assert found.ratios[1] == pytest.approx(2, rel=0.02)
+
+
+def test_what_is_known_rests_while_the_rest_goes_on() -> None:
+    first, steady, noisy = Drawn(1, 0.001, 0), Drawn(0.5, 0.001, 1), Drawn(2, 0.04, 2)
+    found = in_turns([first, steady, noisy], Until(9, 60.0, most=60, resting=True))
+    assert steady.runs < first.runs
+    assert found.ratios == pytest.approx((1, 2, 0.5), rel=0.02)
+    assert np.isnan(found.timings[1].samples_ms).any()
+    assert found.ratio(0, 1).value == found.ratios[1]
+
+
+def test_rounds_stop_at_the_most() -> None:
+    assert in_turns([Drawn(1, 0.3, 0), Drawn(1, 0.3, 1)], Until(9, 60.0, most=21)).rounds == 21
+
+
+def test_disturbed_rounds_are_left_out() -> None:
+    class Disturbed:
+        """Three times as slow in the rounds the witness calls disturbed; the first two runs warm up."""
+
+        runs = 0
+
+        def seconds(self) -> float:
+            self.runs += 1
+            return 3.0 if self.runs > 2 and (self.runs - 3) % 2 else 1.0
+
+    found = in_turns([Drawn(1, 0.001, 0), Disturbed()], Until(9, 60.0), witness=Said(False, True))
+    assert found.rounds == 9
+    assert found.ratios[1] == pytest.approx(1, rel=0.01)
+    assert found.disturbed
+
+
+def test_a_machine_that_is_never_quiet_is_called_disturbed() -> None:
+    found = in_turns([Drawn(1, 0.001, 0), Drawn(1, 0.001, 1)], Until(9, 60.0, most=21), witness=Said(True))
+    assert found.rounds == 9  # nothing to wait for
+    assert found.disturbed
+    assert found.disturbed_rounds == 1.0
+
+
+def test_one_disturbed_round_in_five_is_repeated_and_not_called_so() -> None:
+    found = in_turns([Drawn(1, 0.001, 0), Drawn(1, 0.001, 1)], Until(8, 60.0), witness=Said(*[False] * 4, True))
+    assert found.rounds == 8
+    assert found.disturbed_rounds == pytest.approx(0.2, abs=0.1)
+    assert not found.disturbed
