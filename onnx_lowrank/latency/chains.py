@@ -7,18 +7,21 @@ turns also empties the caches between two runs of the same chain. What was in th
 
 from __future__ import annotations
 
+import hashlib
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from onnx import TensorProto
 
 from onnx_lowrank.chain import Chain
 from onnx_lowrank.errors import LowRankError
-from onnx_lowrank.latency.measure import Clock, one_round, seconds, steady_clock, warm_up
-from onnx_lowrank.latency.table import LatencyTable, table_key
+from onnx_lowrank.latency.circumstances import Circumstances
+from onnx_lowrank.latency.measure import steady_clock
+from onnx_lowrank.latency.table import LatencyTable, Record
+from onnx_lowrank.latency.turns import relative_to_first, sample
 from onnx_lowrank.layer import Layer, Site
 from onnx_lowrank.micro_model import chain_model
 from onnx_lowrank.runtime import BoundRun, Session, UnsupportedTypeError, open_session
@@ -28,11 +31,7 @@ from onnx_lowrank.target import Target
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
-_ROUNDS = 7
-_WARM_UP_S = 0.05
-_SHORTEST_S = 0.001  # a sample shorter than this is the mean of several runs
-_MOST_RUNS = 20
-_OPEN_BYTES = 256 << 20  # weights of sessions held open at once; onnxruntime keeps about twice as much
+OPEN_BYTES = 256 << 20  # weights of sessions held open at once; onnxruntime keeps about twice as much
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,36 @@ class _Piece:
     site: Site
 
 
+class Pricer(Protocol):
+    """What knows the prices of chains.
+
+    Attributes:
+        timed: Pieces (chain at a site) timed so far.
+        dropped: Chains without a price.
+    """
+
+    timed: int
+    dropped: list[Dropped]
+
+    def price(self, jobs: Sequence[Job], progress: Progress | None = None) -> list[float | None]:
+        """Milliseconds per run of the model for each job, None for a chain without a price."""
+        ...
+
+
+def chain_key(layer: Layer, chain: Chain | None, site: Site) -> str:
+    """What is timed for a chain (None: the layer itself) at a site, for latency tables."""
+    stages = chain.stages if chain is not None else None
+    what = repr((layer.shape, layer.form, stages, site.input_shape, site.output_shape))
+    return hashlib.sha256(what.encode()).hexdigest()
+
+
+def in_words(layer: Layer, chain: Chain | None, site: Site) -> str:
+    """The same for a reader."""
+    dims = "x".join(map(str, site.input_shape))
+    became = "" if chain is None else f": {chain.method} {' '.join('x'.join(map(str, s.weight)) for s in chain.stages)}"
+    return f"{layer.form.op} {layer.shape} at {dims}{became}"
+
+
 class ChainTimer:
     """Prices chains on one target.
 
@@ -78,7 +107,7 @@ class ChainTimer:
         self.target, self.table, self.level = target, table, level
         self.timed = 0
         self.dropped: list[Dropped] = []
-        self._clock = steady_clock(target)
+        self._clock, self._where = steady_clock(target), Circumstances.here(target, level)
 
     def price(self, jobs: Sequence[Job], progress: Progress | None = None) -> list[float | None]:
         """Milliseconds per run of the model for each job: the sum over the layer's sites of count times latency.
@@ -92,17 +121,17 @@ class ChainTimer:
         """
         pieces = [[self._piece(job, site) for site in job.layer.sites] for job in jobs]
         unique = {piece.key: piece for row in pieces for piece in row}
-        known: dict[str, float | None] = {key: ms for key in unique if (ms := self.table.get(key)) is not None}
+        known: dict[str, float | None] = {
+            key: ms for key in unique if (ms := self.table.get(key, self._where)) is not None
+        }
         for batch in self._batches([piece for key, piece in unique.items() if key not in known]):
             known |= self._time(batch)
             if progress is not None:
                 progress(len(known), len(unique))
-        return [_total([(piece.site.count, known[piece.key]) for piece in row]) for row in pieces]
+        return [total([(piece.site.count, known[piece.key]) for piece in row]) for row in pieces]
 
     def _piece(self, job: Job, site: Site) -> _Piece:
-        stages = job.chain.stages if job.chain is not None else None
-        what = repr((job.layer.shape, job.layer.form, stages, site.input_shape, site.output_shape, self._clock.value))
-        return _Piece(table_key(what, self.target, self.level), job, site)
+        return _Piece(chain_key(job.layer, job.chain, site), job, site)
 
     def _batches(self, pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:
         """Pieces of equal layers on equal shapes, the layer itself in front, few enough to be open at once."""
@@ -115,7 +144,7 @@ class ChainTimer:
         for own, *others in groups.values():
             batch, size = [own], _weight_bytes(own)
             for piece in others:
-                if size + _weight_bytes(piece) > _OPEN_BYTES and len(batch) > 1:
+                if size + _weight_bytes(piece) > OPEN_BYTES and len(batch) > 1:
                     yield batch
                     batch, size = [own], _weight_bytes(own)
                 batch.append(piece)
@@ -133,25 +162,22 @@ class ChainTimer:
                 prices[piece.key] = None
         if not opened:
             return prices
-        samples = _sample([bound for _, bound in opened], self._clock)
+        samples = sample([bound for _, bound in opened], self._clock)
         first = opened[0][0]
-        ratios = np.median(samples / samples[:, :1], axis=0)
+        ratios = relative_to_first(samples)
         # Prices of a layer timed in several batches, or in another run, share one scale: the layer's first latency.
         scale = (self._remembered(first) if first.job.chain is None else None) or float(np.median(samples[:, 0])) * 1e3
         for (piece, _), ratio in zip(opened, ratios, strict=True):
             prices[piece.key] = ms = scale * float(ratio)
-            layer, stages = piece.job.layer, piece.job.chain.stages if piece.job.chain else ()
-            what = f"{layer.form.op} {layer.shape} at {piece.site.input_shape}: {[stage.weight for stage in stages]}"
-            self.table.put(piece.key, ms, len(samples), what)
+            what = in_words(piece.job.layer, piece.job.chain, piece.site)
+            self.table.put(self._where, Record(piece.key, what, ms, len(samples)))
             logger.debug("%s %.3f ms", what, ms)
         self.timed += len(opened)
         return prices
 
     def _remembered(self, piece: _Piece) -> float | None:
-        hits, misses = self.table.hits, self.table.misses
-        remembered = self.table.get(piece.key)
-        self.table.hits, self.table.misses = hits, misses  # nobody asked for this price
-        return remembered
+        record = self.table.record(piece.key, self._where)
+        return None if record is None else record.ms
 
     def _open(self, piece: _Piece) -> BoundRun:
         layer, chain = piece.job.layer, piece.job.chain
@@ -164,24 +190,10 @@ class ChainTimer:
         return session.bind(_feeds(session, piece.site))
 
 
-def _total(parts: Sequence[tuple[float, float | None]]) -> float | None:
+def total(parts: Sequence[tuple[float, float | None]]) -> float | None:
+    """Counts times prices, or None where a price is missing."""
     prices = [count * ms for count, ms in parts if ms is not None]
     return sum(prices) if len(prices) == len(parts) else None
-
-
-def _sample(bound: Sequence[BoundRun], clock: Clock) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
-    """Seconds, rounds x sessions."""
-    warm_up(bound, _WARM_UP_S * len(bound))
-    runs = {id(run): _runs_per_sample(seconds(run, clock)) for run in bound}
-
-    def mean(run: BoundRun) -> float:
-        return sum(seconds(run, clock) for _ in range(runs[id(run)])) / runs[id(run)]
-
-    return np.array([one_round(bound, mean, backward=number % 2 == 1) for number in range(_ROUNDS)])
-
-
-def _runs_per_sample(one_run_s: float) -> int:
-    return min(_MOST_RUNS, max(1, math.ceil(_SHORTEST_S / max(one_run_s, 1e-9))))
 
 
 def _feeds(session: Session, site: Site) -> Feeds:

@@ -1,8 +1,4 @@
-"""The channel block of a machine, learnt by probing: a rank between two multiples of it costs as much as the upper one.
-
-A chain is timed at ranks between 32 and 64. If b is the kernels' block, stepping down from a multiple of 2b by b saves
-about its share of the time; a smaller step saves nothing, or costs what leaving the blocked layout costs.
-"""
+"""The channel block of a machine, learnt by probing: a rank between two multiples costs as much as the upper one."""
 
 from __future__ import annotations
 
@@ -11,17 +7,16 @@ from typing import Literal
 import numpy as np
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from onnx_lowrank.latency.measure import one_round, seconds, steady_clock, warm_up
-from onnx_lowrank.latency.table import LatencyTable, table_key
+from onnx_lowrank.latency.blocks import PROBE_ROUNDS, PROBED_RANKS, smallest_block
+from onnx_lowrank.latency.circumstances import Circumstances
+from onnx_lowrank.latency.measure import steady_clock
+from onnx_lowrank.latency.table import LatencyTable
+from onnx_lowrank.latency.turns import one_round, seconds, warm_up
 from onnx_lowrank.runtime import open_session
 from onnx_lowrank.target import Target
 
 Kind = Literal["conv", "matmul"]
-_LOW, _HIGH = 32, 64
-_BLOCKS = (4, 8, 16)
-_LARGEST = 32
-_RANKS = sorted({_LOW, _HIGH} | {rank for block in _BLOCKS for rank in (_LOW + block, _HIGH - block)})
-_ROUNDS = 61
+KINDS: tuple[Kind, ...] = ("conv", "matmul")
 _CHANNELS = 128
 
 
@@ -35,67 +30,65 @@ def channel_block(target: Target, table: LatencyTable, kind: Kind = "conv") -> i
         table: Keeps the answer.
         kind: "conv" for 2-D convolutions; "matmul" for MatMul, Gemm and 1-D convolutions, which have no blocked layout.
     """
-    key = table_key(f"channel block of {kind}", target, "all")
-    if (known := table.fact(key)) is not None:
-        return int(known)
+    where = Circumstances.here(target)
+    if (known := known_block(where, table, kind)) is not None:
+        return known
     block = smallest_block(_probe(target, kind))
-    table.put_fact(key, str(block))
+    remember_block(where, table, kind, block)
     return block
 
 
-def known_block(target: Target, table: LatencyTable, kind: Kind = "conv") -> int | None:
+def known_block(where: Circumstances, table: LatencyTable, kind: Kind = "conv") -> int | None:
     """The answer `channel_block` would give without probing, or None."""
-    known = table.fact(table_key(f"channel block of {kind}", target, "all"))
+    known = table.fact(_key(where, kind))
     return None if known is None else int(known)
 
 
-def smallest_block(latency: dict[int, float]) -> int:
-    """The smallest block by which a rank can step down and save at least a third of its share.
-
-    Args:
-        latency: Rank -> latency in any unit, for the multiples of 4 from 32 to 64 that `_RANKS` names.
-    """
-    per_rank = (latency[_HIGH] - latency[_LOW]) / (_HIGH - _LOW)
-    for block in _BLOCKS:
-        steps = ((rank, rank + block) for rank in (_LOW + block, _HIGH - block))
-        if all(latency[upper] - latency[rank] >= block * per_rank / 3 for rank, upper in steps):
-            return block
-    return _LARGEST
+def remember_block(where: Circumstances, table: LatencyTable, kind: Kind, block: int) -> None:
+    """Keep a block that was learnt there."""
+    table.put_fact(_key(where, kind), str(block))
 
 
-def _probe(target: Target, kind: Kind) -> dict[int, float]:
-    """Rank -> latency relative to rank 64."""
-    bound = [
-        open_session(_chain(rank, kind).SerializeToString(), target).bind({"x": np.ones(_shape(kind), np.float32)})
-        for rank in _RANKS
-    ]
-    clock = steady_clock(target)
-    warm_up(bound, 1.0)
-    samples = np.array([one_round(bound, lambda run: seconds(run, clock), backward=i % 2 == 1) for i in range(_ROUNDS)])
-    medians = np.median(samples / samples[:, -1:], axis=0)
-    return dict(zip(_RANKS, map(float, medians), strict=True))
-
-
-def _shape(kind: Kind) -> tuple[int, ...]:
-    return (1, _CHANNELS, 28, 28) if kind == "conv" else (256, 4 * _CHANNELS)
-
-
-def _chain(rank: int, kind: Kind) -> ModelProto:
-    """Two stages of `rank` channels between them."""
-    rng = np.random.default_rng(0)
+def probe_model(rank: int, kind: Kind) -> ModelProto:
+    """The model that is timed at one of `PROBED_RANKS`: two stages of `rank` channels between them, input "x"."""
     shape = _shape(kind)
     width = shape[1]
     if kind == "conv":
-        weights = [rng.standard_normal((rank, width, 3, 1)), rng.standard_normal((width, rank, 1, 3))]
+        sizes = [(rank, width, 3, 1), (width, rank, 1, 3)]
         pads = [[1, 0, 1, 0], [0, 1, 0, 1]]
         nodes = [
             helper.make_node("Conv", ["x", "w0"], ["h"], pads=pads[0]),
             helper.make_node("Conv", ["h", "w1"], ["y"], pads=pads[1]),
         ]
     else:
-        weights = [rng.standard_normal((width, rank)), rng.standard_normal((rank, width))]
+        sizes = [(width, rank), (rank, width)]
         nodes = [helper.make_node("MatMul", ["x", "w0"], ["h"]), helper.make_node("MatMul", ["h", "w1"], ["y"])]
-    tensors = [numpy_helper.from_array(weight.astype(np.float32), f"w{i}") for i, weight in enumerate(weights)]
+    weights = [np.full(size, 1 / width, np.float32) for size in sizes]
+    tensors = [numpy_helper.from_array(weight, f"w{i}") for i, weight in enumerate(weights)]
     value, result = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("x", "y"))
     graph = helper.make_graph(nodes, "probe", [value], [result], tensors)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=7)
+
+
+def _key(where: Circumstances, kind: Kind) -> str:
+    # The probes are always run at level "all", whatever the chains are timed at.
+    return f"channel block of {kind} {where.at('all').digest}"
+
+
+def _probe(target: Target, kind: Kind) -> dict[int, float]:
+    """Rank -> latency relative to rank 64."""
+    bound = [
+        open_session(probe_model(rank, kind).SerializeToString(), target).bind({"x": np.ones(_shape(kind), np.float32)})
+        for rank in PROBED_RANKS
+    ]
+    clock = steady_clock(target)
+    warm_up(bound, 1.0)
+    samples = np.array(
+        [one_round(bound, lambda run: seconds(run, clock), backward=i % 2 == 1) for i in range(PROBE_ROUNDS)]
+    )
+    medians = np.median(samples / samples[:, -1:], axis=0)
+    return dict(zip(PROBED_RANKS, map(float, medians), strict=True))
+
+
+def _shape(kind: Kind) -> tuple[int, ...]:
+    return (1, _CHANNELS, 28, 28) if kind == "conv" else (256, 4 * _CHANNELS)

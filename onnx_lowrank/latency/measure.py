@@ -7,39 +7,21 @@ ran: equal to the wall clock on an idle machine, and untouched by other processe
 
 from __future__ import annotations
 
-import enum
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from onnx_lowrank.latency.turns import Clock, Run, clock_for, one_round, seconds, warm_up
 from onnx_lowrank.runtime import Session
 from onnx_lowrank.signature import Feeds
 from onnx_lowrank.target import Target
 
 Interval = tuple[float, float]
-R = TypeVar("R")
 _RESAMPLES = 1000
 _WIDTH = 0.015  # half width of the interval of a ratio at which more rounds are of no use
-_WARM_UP_RUNS = 10
-
-
-class Run(Protocol):
-    """Something that can be run again and again, such as a bound session."""
-
-    def seconds(self) -> float:
-        """Run once; wall clock."""
-        ...
-
-
-class Clock(enum.Enum):
-    """What a second is: on the wall, or of this thread on the processor (single-threaded CPU sessions only)."""
-
-    WALL = "wall"
-    CPU = "cpu"
 
 
 @dataclass(frozen=True)
@@ -91,7 +73,7 @@ class Paired:
 
 def steady_clock(target: Target) -> Clock:
     """The clock that other processes disturb least."""
-    return Clock.CPU if target.provider == "cpu" and target.threads == 1 else Clock.WALL
+    return clock_for(target.provider, target.threads)
 
 
 def paired(
@@ -133,36 +115,6 @@ def in_turns(runs: Sequence[Run], rounds: int, budget_s: float, clock: Clock = C
         clock=clock,
         disturbed=any(_is_disturbed(column) for column in ratios.T[1:]),
     )
-
-
-def one_round(runs: Sequence[R], measure: Callable[[R], float], *, backward: bool = False) -> list[float]:
-    """One measurement of each, in order or backwards so that no run always follows the same neighbour."""
-    order = range(len(runs))
-    taken = {index: measure(runs[index]) for index in (reversed(order) if backward else order)}
-    return [taken[index] for index in order]
-
-
-def seconds(run: Run, clock: Clock) -> float:
-    """One run on the given clock."""
-    if clock is Clock.WALL:
-        return run.seconds()
-    start = time.thread_time()
-    run.seconds()
-    return time.thread_time() - start
-
-
-def warm_up(runs: Sequence[Run], budget_s: float) -> None:
-    """Run everything until its best time stops falling by more than 5 %."""
-    for run in runs:
-        deadline = time.perf_counter() + budget_s / len(runs)
-        best = run.seconds()
-        for _ in range(_WARM_UP_RUNS):
-            if time.perf_counter() > deadline:
-                break
-            now = run.seconds()
-            if now > 0.95 * best:
-                break
-            best = now
 
 
 def bootstrap_median(samples: NDArray[np.float64]) -> Interval:

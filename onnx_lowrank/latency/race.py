@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onnx_lowrank.graph.size import LARGE_BYTES, file_bytes
-from onnx_lowrank.latency.measure import Clock, Paired, Run, in_turns, steady_clock
+from onnx_lowrank.latency.measure import Paired, in_turns, steady_clock
+from onnx_lowrank.latency.turns import Clock, Run
 from onnx_lowrank.runtime import open_session
 from onnx_lowrank.signature import Feeds
 from onnx_lowrank.target import Target
