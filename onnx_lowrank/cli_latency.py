@@ -60,7 +60,11 @@ def show(file: TableArgument = None, *, as_json: JsonOption = False) -> None:
         ]
         typer.echo(json.dumps(summaries, indent=1))
     else:
-        _out.print(_table(found) if found else "nothing was measured yet")
+        for device in dict.fromkeys(section.where.device for section in found):
+            _say(device)
+            _out.print(_table([section for section in found if section.where.device == device]))
+        if not found:
+            _say("nothing was measured yet")
 
 
 @app.command()
@@ -175,17 +179,17 @@ def _is_foreign(where: Circumstances) -> bool:
 
 def _table(found: Sequence[Section]) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("device", overflow="fold")
-    for name in ("provider", "threads", "onnxruntime", "level"):
-        table.add_column(name)
-    for name in ("chains", "models", "blocks", "measured"):
-        table.add_column(name, justify="right")
+    table.add_column("  provider", overflow="fold")
+    for name in ("threads", "onnxruntime", "level", "chains", "models"):
+        table.add_column(name, justify="left" if name in {"onnxruntime", "level"} else "right")
+    for name in ("channel blocks", "measured"):
+        table.add_column(name, overflow="fold")
     for section in found:
         where = section.where
         provider = " ".join([where.provider, *(f"{name}={value}" for name, value in where.options)])
         blocks = " ".join(f"{kind} {block}" for kind, block in section.blocks.items())
         first, last = section.measured
-        row = (where.device, provider, str(where.threads), where.onnxruntime, where.level, str(section.chains))
+        row = (f"  {provider}", str(where.threads), where.onnxruntime, where.level, str(section.chains))
         span = first if first == last else f"{first} to {last}"
         table.add_row(*map(escape, (*row, str(section.models), blocks, span)))
     return table
