@@ -20,12 +20,13 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 
-from onnx_lowrank import inspection, pipeline
+from onnx_lowrank import cli_latency, inspection, pipeline
 from onnx_lowrank.catalogue import catalogue
 from onnx_lowrank.cli_options import (
     AllocatorOption,
     BisectOption,
     CalibrationOption,
+    DeviceOption,
     ErrorMetricOption,
     EvalOption,
     FallbackOption,
@@ -52,6 +53,7 @@ from onnx_lowrank.cli_options import (
     SeedOption,
     ShapeOption,
     SpeedupOption,
+    TableOption,
     ThreadsOption,
     TimeOption,
     given,
@@ -80,6 +82,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(cli_latency.app, name="latency")
 INTERRUPTED = 130
 GOAL_MISSED = GoalNotReachedError.exit_code
 # Usage errors of typer's parser; the class has moved between its versions, its subclass has not.
@@ -187,6 +190,8 @@ def plan(
     provider: ProviderOption = None,
     provider_option: ProviderOptionOption = None,
     threads: ThreadsOption = None,
+    table: TableOption = None,
+    device: DeviceOption = None,
     shape: ShapeOption = None,
     passes: PassesOption = None,
     allocator: AllocatorOption = None,
@@ -200,15 +205,19 @@ def plan(
     allow_fallback: FallbackOption = False,
 ) -> None:
     """Do the same analysis, write the plan and no model."""
-    settings = settings_of(given(locals(), recipe), provider_option or ())
-    pipeline.check_paths(out, model, settings.calibration, settings.eval, recipe)
-    outcome = pipeline.plan(model, settings, phases_on(_err), beside=(out,))
+    asked = given(locals(), recipe)
+    settings = settings_of(asked, provider_option or ())
+    pipeline.check_paths(out, model, settings.calibration, settings.eval, recipe, table)
+    there = cli_latency.chosen_device(table, asked, device, provider_option or (), model)
+    outcome = pipeline.plan(model, settings, phases_on(_err), beside=(out,), there=there)
     made = outcome.best.plan
     io.write_text(out, made.to_json())
     count = sum(not choice.keeps for choice in made.layers)
     _out.print(
         f"{count} of {len(made.layers)} layers to be factorized; written to {out}", markup=False, highlight=False
     )
+    if there is not None:
+        _out.print(outcome.reason, markup=False, highlight=False, soft_wrap=True)
     if not outcome.reached:
         raise GoalNotReachedError(outcome.reason, str(settings.goal), f"the best plan found is in {out}")
 

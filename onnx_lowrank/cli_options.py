@@ -72,6 +72,13 @@ ThreadsOption = Annotated[int | None, typer.Option(help="Threads; 0 means all co
 ShapeOption = Annotated[
     list[str] | None, typer.Option(help="NAME=1x3x224x224, optionally *weight; repeatable.", rich_help_panel=TARGET)
 ]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="Any part of a device's description in the table.", rich_help_panel=TARGET)
+]
+TableOption = Annotated[
+    Path | None,
+    typer.Option(help="Plan by the latencies in this file alone; nothing is timed here.", rich_help_panel=TARGET),
+]
 FallbackOption = Annotated[
     bool, typer.Option(help="Let nodes run on the CPU that the provider cannot take.", rich_help_panel=TARGET)
 ]

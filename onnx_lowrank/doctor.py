@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from onnx_lowrank.latency.circumstances import Circumstances
 from onnx_lowrank.latency.grid import known_block
 from onnx_lowrank.latency.machine import accelerator, processor
 from onnx_lowrank.latency.table import LatencyTable, cache_folder
@@ -123,7 +124,10 @@ def _table() -> list[Finding]:
         size = table.path.stat().st_size / 1e6 if table.path.exists() else 0.0
         findings = [Finding("latency table", "ok", f"{len(table)} measurements, {size:.1f} MB")]
         for kind in ("conv", "matmul"):
-            blocks = {threads: known_block(Target(threads=threads), table, kind) for threads in (1, Target().threads)}
+            blocks = {
+                threads: known_block(Circumstances.here(Target(threads=threads)), table, kind)
+                for threads in (1, Target().threads)
+            }
             known = ", ".join(f"{block} with {n} thread(s)" for n, block in blocks.items() if block is not None)
             findings.append(Finding(f"channel block, {kind}", "ok", known or "not probed yet"))
     return findings

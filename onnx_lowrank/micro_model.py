@@ -1,4 +1,4 @@
-"""The model of one chain, with random weights, to be timed: lowered as the graph that is written will be."""
+"""The model of one chain, with weights of no meaning, to be timed: lowered as the graph that is written will be."""
 
 from __future__ import annotations
 
@@ -16,29 +16,34 @@ _MICRO_IR = 8
 
 
 def chain_model(
-    layer: Layer, chain: Chain | None, site: Site, *, elem_type: int | None = None, seed: int = 0
+    layer: Layer, chain: Chain | None, site: Site, *, elem_type: int | None = None, seed: int | None = 0
 ) -> ModelProto:
-    """A model of one chain with random weights, its bias and the activation that follows, to be timed.
+    """A model of one chain with made-up weights, its bias and the activation that follows, to be timed.
 
     Args:
         layer: The layer.
         chain: Its chain; None for the layer itself.
         site: Gives the input shape.
         elem_type: Element type to use instead of the layer's.
-        seed: Of the weights; their variance keeps activations at unit scale.
+        seed: Of random weights, whose variance keeps activations at unit scale; None: every weight is the mean of its
+            inputs, a model of the same latency that deflates to next to nothing.
     """
     form = layer.form
     kind = form.elem_type if elem_type is None else elem_type
     chain = chain or Chain.unfactored(layer.shape)
-    rng = np.random.default_rng(seed)
+    rng = None if seed is None else np.random.default_rng(seed)
     tensors: list[TensorProto] = []
     for i, stage in enumerate(chain.stages):
-        scale = 1 / np.sqrt(max(1, stage.params // (stage.groups * stage.out)))
-        factor = rng.standard_normal(stage.weight, dtype=np.float32) * np.float32(scale)
+        inputs = max(1, stage.params // (stage.groups * stage.out))
+        if rng is None:
+            factor = np.full(stage.weight, 1 / inputs, np.float32)
+        else:
+            factor = rng.standard_normal(stage.weight, dtype=np.float32) / np.float32(np.sqrt(inputs))
         tensors.append(make_tensor(f"w{i}", stage_tensor(form, stage, flushed(factor)[0]), kind))
     weights = [tensor.name for tensor in tensors]
     if form.bias:
-        tensors.append(make_tensor("bias", rng.standard_normal(_bias_shape(form, layer.shape)), kind))
+        where = _bias_shape(form, layer.shape)
+        tensors.append(make_tensor("bias", np.zeros(where) if rng is None else rng.standard_normal(where), kind))
     result = "h" if form.activation else "y"
     same_kind = replace(form, elem_type=kind)
     nodes = lower(same_kind, chain, "chain", "x", result, "bias" if form.bias else None, weights)

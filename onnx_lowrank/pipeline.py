@@ -10,6 +10,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Collection, Generator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from onnx_lowrank.calibration.samples import batched_for
@@ -17,7 +18,7 @@ from onnx_lowrank.catalogue import all_decompositions, split
 from onnx_lowrank.chain import Fit
 from onnx_lowrank.decomposition import Decomposition
 from onnx_lowrank.errors import InputError, InvalidResultError, NonFiniteResultError, ProviderError
-from onnx_lowrank.goals import MaxError
+from onnx_lowrank.goals import KeepMacs, KeepParams, MaxError
 from onnx_lowrank.graph import io
 from onnx_lowrank.graph.layers import layers
 from onnx_lowrank.pass_manager import PassManager
@@ -29,6 +30,7 @@ from onnx_lowrank.report.assemble import assemble
 from onnx_lowrank.report.model import Report
 from onnx_lowrank.search.analysis import analyse
 from onnx_lowrank.search.attempt import Outcome
+from onnx_lowrank.search.elsewhere import Elsewhere
 from onnx_lowrank.search.prepare import tuned_for
 from onnx_lowrank.search.source import Source, read_source
 from onnx_lowrank.settings import Settings
@@ -92,20 +94,28 @@ def plan(
     phases: Phases | None = None,
     *,
     beside: Collection[Path] = (),
+    there: Elsewhere | None = None,
 ) -> Outcome:
     """What `optimize` would realise; no model is written. The plan is `outcome.best.plan`.
+
+    With `there`, for that device, by its latency table alone; what is run here, for errors, runs on the CPU.
 
     Raises:
         InputError: for input that cannot be used.
     """
     settings, phases = settings or Settings(), phases or Phases()
+    if there is not None:
+        if isinstance(settings.goal, KeepMacs | KeepParams):
+            got, do = f"--{settings.goal} for {there.source}", "leave --table and --device out"
+            raise InputError(got, "a goal that time decides", f"no latency decides a goal of size: {do}")
+        settings = replace(settings, target=Target(shapes=settings.target.shapes))
     with phases.phase("read"):
         source = _read(Path(model), settings)
         for path in beside:
             io.spare_sources(source.graph, path)
     settings = tuned_for(source, settings, phases)
     with tempfile.TemporaryDirectory(prefix="onnx-lowrank-") as folder:
-        return analyse(source, settings, Path(folder), phases).outcome
+        return analyse(source, settings, Path(folder), phases, there).outcome
 
 
 def apply(

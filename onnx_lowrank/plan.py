@@ -66,6 +66,7 @@ class Plan:
         layers: One choice per layer.
         fit: How the arrays come about: "data-free", from the weights alone; "calibrated", for the inputs the samples
             give; "refit", fitted to the original's outputs on them.
+        planned_for: The device whose latencies it was planned by, in words, where it is not the machine that planned.
     """
 
     model_sha256: str
@@ -75,6 +76,7 @@ class Plan:
     versions: dict[str, str] = field(default_factory=dict[str, str])
     fit: str = DATA_FREE
     schema: int = 1
+    planned_for: str = ""
 
     def to_json(self) -> str:
         """The plan as JSON, the same text for the same plan."""
@@ -117,7 +119,9 @@ class Plan:
             data = raw["data_sha256"]
             versions = {str(key): str(value) for key, value in raw["versions"].items()}
             fit = _fit(str(raw.get("fit", DATA_FREE)))
-            return Plan(str(raw["model_sha256"]), layers, passes, None if data is None else str(data), versions, fit)
+            known = None if data is None else str(data)
+            planned_for = str(raw.get("planned_for", ""))
+            return Plan(str(raw["model_sha256"]), layers, passes, known, versions, fit, planned_for=planned_for)
         except json.JSONDecodeError as error:
             raise InputError(f"{source} that is not JSON ({error})", "a plan file", "make it with `plan`") from error
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -25,8 +25,8 @@ def merged(given: Recipe, recipe: Recipe) -> Recipe:
     return replace(recipe, **chosen)
 
 
-def settings_of(asked: Recipe, provider_options: Iterable[str] = ()) -> Settings:
-    """Settings with defaults where nothing was asked for.
+def settings_of(asked: Recipe, options: Iterable[str] = ()) -> Settings:
+    """Settings with defaults where nothing was asked for; `options` are those of the provider.
 
     Raises:
         InputError: for contradictory goals, or a value outside its range.
@@ -36,7 +36,7 @@ def settings_of(asked: Recipe, provider_options: Iterable[str] = ()) -> Settings
         provider=asked.provider or "cpu",
         threads=asked.threads or 0,
         shapes=parse_shapes(asked.shape or ()),
-        provider_options=dict(_option(text) for text in provider_options),
+        provider_options=dict(provider_options(options)),
         allow_fallback=bool(asked.allow_fallback),
     )
     named = {item.name for item in fields(Settings)} & {item.name for item in fields(Recipe)}
@@ -45,6 +45,15 @@ def settings_of(asked: Recipe, provider_options: Iterable[str] = ()) -> Settings
     _check(settings)
     _check_used(asked, settings)
     return settings
+
+
+def provider_options(options: Iterable[str]) -> tuple[tuple[str, str], ...]:
+    """Read --provider-option name=value.
+
+    Raises:
+        InputError: for one without a name or a value.
+    """
+    return tuple(_option(text) for text in options)
 
 
 def _option(text: str) -> tuple[str, str]:

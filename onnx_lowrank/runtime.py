@@ -39,7 +39,7 @@ _LEVELS = {
     "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
     "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
-_CONFIG = {
+CONFIG = {
     "session.intra_op.allow_spinning": "0",  # spinning threads of one session disturb the other one in paired timing
     "session.inter_op.allow_spinning": "0",
     "session.dynamic_block_base": "4",  # lowers the variance between runs
@@ -259,7 +259,7 @@ def _session_options(target: Target, level: str, profile_to: Path | None, config
     # Errors are raised as well as logged; only of a provider that does not load is the log the only trace.
     options.log_severity_level = 4 if target.provider == "cpu" else 3
     options.graph_optimization_level = _LEVELS[level]
-    for key, value in {**_CONFIG, **config}.items():
+    for key, value in {**CONFIG, **config}.items():
         options.add_session_config_entry(key, value)
     if profile_to is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile_to / "profile")

@@ -105,4 +105,4 @@ def test_the_whole_road_reports_its_provider_options(path: Path, tmp_path: Path,
 
 def test_latencies_are_kept_under_the_name_of_the_gpu() -> None:
     assert accelerator()
-    assert fingerprint(CUDA).endswith(accelerator())
+    assert fingerprint(CUDA.provider).endswith(accelerator())

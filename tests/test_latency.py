@@ -13,15 +13,19 @@ from builders import conv_model
 from onnx import TensorProto
 
 from onnx_lowrank.chain import Chain, Stage
+from onnx_lowrank.latency.blocks import PROBED_RANKS, smallest_block
 from onnx_lowrank.latency.chains import ChainTimer, Job
-from onnx_lowrank.latency.grid import channel_block, known_block, smallest_block
-from onnx_lowrank.latency.measure import Clock, Until, in_turns, one_round, steady_clock
-from onnx_lowrank.latency.table import CACHE_VARIABLE, LatencyTable, cache_folder, table_key
+from onnx_lowrank.latency.circumstances import Circumstances
+from onnx_lowrank.latency.grid import channel_block, known_block
+from onnx_lowrank.latency.measure import Until, in_turns, steady_clock
+from onnx_lowrank.latency.table import CACHE_VARIABLE, LatencyTable, Record, cache_folder
+from onnx_lowrank.latency.turns import Clock, one_round
 from onnx_lowrank.layer import Form, Geometry, Layer, LayerShape, Site
 from onnx_lowrank.runtime import open_session
 from onnx_lowrank.target import Target
 
 ONE = Target(threads=1)
+HERE = Circumstances.here(ONE)
 
 
 class Scripted:
@@ -51,7 +55,7 @@ def chain(rank: int, out: int = 16) -> Chain:
 def write_rows(path: Path, first: int, rows: int) -> None:
     with LatencyTable(path) as table:
         for number in range(first, first + rows):
-            table.put(f"key{number}", float(number))
+            table.put(HERE, Record(f"key{number}", "conv", float(number), 7))
 
 
 def test_two_processes_write_at_once(tmp_path: Path):
@@ -65,15 +69,15 @@ def test_two_processes_write_at_once(tmp_path: Path):
     assert [worker.exitcode for worker in workers] == [0, 0]
     with LatencyTable(path) as table:
         assert len(table) == 500
-        assert [table.get(f"key{number}") for number in (0, 250, 499)] == [0.0, 250.0, 499.0]
+        assert [table.get(f"key{number}", HERE) for number in (0, 250, 499)] == [0.0, 250.0, 499.0]
 
 
 def test_table_counts_hits_and_misses_and_replaces(tmp_path: Path):
     with LatencyTable(tmp_path / "deep" / "t.sqlite") as table:
-        assert table.get("a") is None
-        table.put("a", 1.5, samples=7, what="conv")
-        table.put("a", 2.5)
-        assert (table.get("a"), table.hits, table.misses, len(table)) == (2.5, 1, 1, 1)
+        assert table.get("a", HERE) is None
+        table.put(HERE, Record("a", "conv", 1.5, 7))
+        table.put(HERE, Record("a", "conv", 2.5, 7))
+        assert (table.get("a", HERE), table.hits, table.misses, len(table)) == (2.5, 1, 1, 1)
         assert table.fact("block") is None
         table.put_fact("block", "16")
         assert table.fact("block") == "16"
@@ -98,19 +102,19 @@ def test_unusable_file_is_moved_aside(tmp_path: Path, caplog, harm):
     path = tmp_path / "t.sqlite"
     harm(path)
     with LatencyTable(path) as table:
-        table.put("a", 1.0)
+        table.put(HERE, Record("a", "conv", 1.0, 7))
         assert len(table) == 1
     assert len(list(tmp_path.glob("t.sqlite.unusable-*"))) == 1
     assert "is unusable" in caplog.text
     with LatencyTable(path) as table:
-        assert table.get("a") == 1.0
+        assert table.get("a", HERE) == 1.0
 
 
 def test_unwritable_folder_means_memory(tmp_path: Path, caplog):
     (tmp_path / "file").write_text("in the way")
     with LatencyTable(tmp_path / "file" / "t.sqlite") as table:
-        table.put("a", 1.0)
-        assert table.get("a") == 1.0
+        table.put(HERE, Record("a", "conv", 1.0, 7))
+        assert table.get("a", HERE) == 1.0
     assert "measurements are not kept" in caplog.text
 
 
@@ -121,16 +125,24 @@ def test_cache_folder_can_be_moved(tmp_path: Path, monkeypatch):
         assert table.path == tmp_path / "latency.sqlite"
 
 
-def test_key_depends_on_everything_a_latency_depends_on():
+def test_latencies_of_other_circumstances_are_not_found(tmp_path: Path):
     others = [
-        table_key("b", ONE, "all"),
-        table_key("a", ONE, "extended"),
-        table_key("a", Target(threads=2), "all"),
-        table_key("a", Target("cuda", threads=1), "all"),
-        table_key("a", Target(threads=1, provider_options={"o": "1"}), "all"),
+        HERE.at("extended"),
+        Circumstances.here(Target(threads=2)),
+        Circumstances.here(Target("cuda", threads=1)),
+        Circumstances.here(Target(threads=1, provider_options={"o": "1"})),
+        replace(HERE, device="another"),
+        replace(HERE, onnxruntime="1.0.0"),
+        replace(HERE, clock="wall"),
+        replace(HERE, lowered_by="0.0.0"),
     ]
-    assert len({table_key("a", ONE, "all"), *others}) == 6
-    assert table_key("a", ONE, "all") == table_key("a", Target(threads=1, levels=("all",)), "all")
+    with LatencyTable(tmp_path / "t.sqlite") as table:
+        for number, where in enumerate(others):
+            table.put(where, Record("a", "conv", float(number), 7))
+        assert table.get("a", HERE) is None
+        assert [table.get("a", where) for where in others] == [float(number) for number in range(len(others))]
+        assert table.circumstances() == sorted(others)
+    assert Circumstances.here(Target(threads=1, levels=("all",))) == HERE
 
 
 def test_a_model_is_as_fast_as_itself_by_definition():
@@ -232,17 +244,16 @@ def test_types_without_kernels_are_priced_as_float32(tmp_path: Path):
 
 @pytest.mark.parametrize("block", [4, 8, 16, 32])
 def test_block_of_a_machine_that_pads(block):
-    ranks = (32, 36, 40, 48, 56, 60, 64)
     rng = np.random.default_rng(0)
-    padded = {rank: (20 + -(-rank // block) * block) * rng.uniform(0.99, 1.01) for rank in ranks}
+    padded = {rank: (20 + -(-rank // block) * block) * rng.uniform(0.99, 1.01) for rank in PROBED_RANKS}
     assert smallest_block(padded) == block
 
 
 @pytest.mark.parametrize("kind", ["conv", "matmul"])
 def test_block_is_probed_once(tmp_path: Path, kind):
     with LatencyTable(tmp_path / "t.sqlite") as table:
-        assert known_block(ONE, table, kind) is None
+        assert known_block(HERE, table, kind) is None
         block = channel_block(ONE, table, kind)
         assert block in {4, 8, 16, 32}
-        assert known_block(ONE, table, kind) == block
+        assert known_block(HERE, table, kind) == block
         assert channel_block(ONE, table, kind) == block

@@ -12,7 +12,7 @@ from builders import conv_model, model, value
 from onnx import ModelProto, TensorProto, helper
 
 from onnx_lowrank.errors import ProviderError
-from onnx_lowrank.latency import table
+from onnx_lowrank.latency.circumstances import Circumstances
 from onnx_lowrank.latency.machine import driver_gpus
 from onnx_lowrank.placement import shapes_only
 from onnx_lowrank.progress import Phases
@@ -156,9 +156,9 @@ def test_latencies_of_different_gpus_and_options_are_never_mixed(monkeypatch: py
     targets, keys = [CUDA, *CUDA.variants()], set[str]()
     for gpu in ("", "NVIDIA H100, 550.54", "NVIDIA L4, 550.54"):
         monkeypatch.setattr("onnx_lowrank.latency.machine.accelerator", lambda gpu=gpu: gpu)
-        table._circumstances.cache_clear()
-        keys |= {table.table_key("x", target, "all") for target in targets}
-    table._circumstances.cache_clear()
+        Circumstances.here.cache_clear()
+        keys |= {Circumstances.here(target).digest for target in targets}
+    Circumstances.here.cache_clear()
     assert len(keys) == 3 * len(targets)
 
 

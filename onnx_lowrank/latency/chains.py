@@ -8,18 +8,21 @@ timed again. All this happens in a process of its own: a chain that it dies of h
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 from onnx import TensorProto, helper
 
 from onnx_lowrank.chain import Chain
 from onnx_lowrank.latency.child import Child, MeasuringError, shared
+from onnx_lowrank.latency.circumstances import Circumstances
 from onnx_lowrank.latency.measure import DISTURBED_SHARE, Until, steady_clock
 from onnx_lowrank.latency.messages import Contest, Finished, Subject
-from onnx_lowrank.latency.table import LatencyTable, table_key
+from onnx_lowrank.latency.table import LatencyTable, Record
 from onnx_lowrank.layer import Layer, Site
 from onnx_lowrank.micro_model import chain_model
 from onnx_lowrank.runtime import UnsupportedTypeError
@@ -30,7 +33,7 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 _UNTIL = Until(rounds=9, half_width=0.02, most=21, sample_s=0.001, resting=True)
 _BUDGET_S = 1.0  # of each chain; an eighth at most warms up
-_OPEN_BYTES = 256 << 20  # weights of sessions held open at once; onnxruntime keeps about twice as much
+OPEN_BYTES = 256 << 20  # weights of sessions held open at once; onnxruntime keeps about twice as much
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,38 @@ class _Piece:
     site: Site
 
 
+class Pricer(Protocol):
+    """What knows the prices of chains.
+
+    Attributes:
+        timed: Pieces (chain at a site) timed so far.
+        disturbed: How many of them other work disturbed.
+        dropped: Chains without a price.
+    """
+
+    timed: int
+    disturbed: int
+    dropped: list[Dropped]
+
+    def price(self, jobs: Sequence[Job], progress: Progress | None = None) -> list[float | None]:
+        """Milliseconds per run of the model for each job, None for a chain without a price."""
+        ...
+
+
+def chain_key(layer: Layer, chain: Chain | None, site: Site) -> str:
+    """What is timed for a chain (None: the layer itself) at a site, for latency tables."""
+    stages = chain.stages if chain is not None else None
+    what = repr((layer.shape, layer.form, stages, site.input_shape, site.output_shape))
+    return hashlib.sha256(what.encode()).hexdigest()
+
+
+def in_words(layer: Layer, chain: Chain | None, site: Site) -> str:
+    """The same for a reader."""
+    dims = "x".join(map(str, site.input_shape))
+    became = "" if chain is None else f": {chain.method} {' '.join('x'.join(map(str, s.weight)) for s in chain.stages)}"
+    return f"{layer.form.op} {layer.shape} at {dims}{became}"
+
+
 class ChainTimer:
     """Prices chains on one target.
 
@@ -80,7 +115,7 @@ class ChainTimer:
         self.dropped: list[Dropped] = []
         self._child = child or shared()
         self._without_kernels: set[int] = set()
-        self._clock = steady_clock(target)
+        self._clock, self._where = steady_clock(target), Circumstances.here(target, level)
 
     def price(self, jobs: Sequence[Job], progress: Progress | None = None) -> list[float | None]:
         """Milliseconds per run of the model for each job: the sum over the layer's sites of count times latency.
@@ -94,17 +129,17 @@ class ChainTimer:
         """
         pieces = [[self._piece(job, site) for site in job.layer.sites] for job in jobs]
         unique = {piece.key: piece for row in pieces for piece in row}
-        known: dict[str, float | None] = {key: ms for key in unique if (ms := self.table.get(key)) is not None}
+        known: dict[str, float | None] = {
+            key: ms for key in unique if (ms := self.table.get(key, self._where)) is not None
+        }
         for batch in self._batches([piece for key, piece in unique.items() if key not in known]):
             known |= self._time(batch)
             if progress is not None:
                 progress(len(known), len(unique))
-        return [_total([(piece.site.count, known[piece.key]) for piece in row]) for row in pieces]
+        return [total([(piece.site.count, known[piece.key]) for piece in row]) for row in pieces]
 
     def _piece(self, job: Job, site: Site) -> _Piece:
-        stages = job.chain.stages if job.chain is not None else None
-        what = repr((job.layer.shape, job.layer.form, stages, site.input_shape, site.output_shape, self._clock.value))
-        return _Piece(table_key(what, self.target, self.level), job, site)
+        return _Piece(chain_key(job.layer, job.chain, site), job, site)
 
     def _batches(self, pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:
         """Pieces of equal layers on equal shapes, the layer itself in front, few enough to be open at once."""
@@ -117,7 +152,7 @@ class ChainTimer:
         for own, *others in groups.values():
             batch, size = [own], _weight_bytes(own)
             for piece in others:
-                if size + _weight_bytes(piece) > _OPEN_BYTES and len(batch) > 1:
+                if size + _weight_bytes(piece) > OPEN_BYTES and len(batch) > 1:
                     yield batch
                     batch, size = [own], _weight_bytes(own)
                 batch.append(piece)
@@ -140,9 +175,8 @@ class ChainTimer:
         scale = (self._remembered(timed[0]) if timed[0].job.chain is None else None) or own_ms
         for piece, ratio in zip(timed, found.paired.ratios, strict=True):
             prices[piece.key] = ms = scale / ratio
-            layer, stages = piece.job.layer, piece.job.chain.stages if piece.job.chain else ()
-            what = f"{layer.form.op} {layer.shape} at {piece.site.input_shape}: {[stage.weight for stage in stages]}"
-            self.table.put(piece.key, ms, found.paired.rounds, what)
+            what = in_words(piece.job.layer, piece.job.chain, piece.site)
+            self.table.put(self._where, Record(piece.key, what, ms, found.paired.rounds))
             logger.debug("%s %.3f ms", what, ms)
         self.timed += len(timed)
         self.disturbed += len(timed) if found.paired.disturbed_rounds > DISTURBED_SHARE else 0
@@ -169,13 +203,12 @@ class ChainTimer:
         return Subject(model.SerializeToString(), self.level, self.target, [(feeds, 1.0)])
 
     def _remembered(self, piece: _Piece) -> float | None:
-        hits, misses = self.table.hits, self.table.misses
-        remembered = self.table.get(piece.key)
-        self.table.hits, self.table.misses = hits, misses  # nobody asked for this price
-        return remembered
+        record = self.table.record(piece.key, self._where)
+        return None if record is None else record.ms
 
 
-def _total(parts: Sequence[tuple[float, float | None]]) -> float | None:
+def total(parts: Sequence[tuple[float, float | None]]) -> float | None:
+    """Counts times prices, or None where a price is missing."""
     prices = [count * ms for count, ms in parts if ms is not None]
     return sum(prices) if len(prices) == len(parts) else None
 

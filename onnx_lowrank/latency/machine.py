@@ -1,4 +1,7 @@
-"""What a latency depends on beside the model: processor, its instruction sets, and the accelerator if one is used."""
+"""What a latency depends on beside the model: processor, its instruction sets, and the accelerator if one is used.
+
+Needs the standard library alone: `latency request` copies this file into the script that it writes.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,6 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-
-from onnx_lowrank.target import Target
 
 # Instruction sets that choose onnxruntime's kernels, by the names of /proc/cpuinfo.
 _ISA = (
@@ -77,8 +78,8 @@ def driver_gpus(root: Path = Path("/proc/driver/nvidia")) -> str:
     return "; ".join(f"{name}, {driver[1]}" if driver else name for name in names)
 
 
-def fingerprint(target: Target) -> str:
-    """The hardware that `target` runs on, in words; latencies of different fingerprints are never mixed."""
+def fingerprint(provider: str) -> str:
+    """The hardware that a provider (by its short name) runs on, in words; latencies of two are never mixed."""
     cpu = processor()
     words = [cpu.model, *cpu.isa]
-    return " ".join(words if target.provider == "cpu" else [*words, "|", accelerator()])
+    return " ".join(words if provider == "cpu" else [*words, "|", accelerator()])

@@ -9,32 +9,21 @@ processes on a busy one.
 
 from __future__ import annotations
 
-import enum
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onnx_lowrank.latency.estimate import Interval, Ratio, median_interval, ratio_of
+from onnx_lowrank.latency.turns import Clock, Run, clock_for, one_round, runs_per_sample, seconds, warm_up
 from onnx_lowrank.target import Target
 
-R = TypeVar("R")
-_WARM_UP_RUNS = 10
-_MOST_RUNS = 20
 # A measurement of which more than this share of the rounds was disturbed is called so.
 DISTURBED_SHARE = 0.25
-
-
-class Run(Protocol):
-    """Something that can be run again and again, such as a bound session."""
-
-    def seconds(self) -> float:
-        """Run once; wall clock."""
-        ...
 
 
 class Witness(Protocol):
@@ -47,13 +36,6 @@ class Witness(Protocol):
     def disturbed(self) -> bool:
         """Whether something disturbed the round that ends now."""
         ...
-
-
-class Clock(enum.Enum):
-    """What a second is: on the wall, or of this thread on the processor (single-threaded CPU sessions only)."""
-
-    WALL = "wall"
-    CPU = "cpu"
 
 
 @dataclass(frozen=True)
@@ -131,7 +113,7 @@ class _Quiet:
 
 def steady_clock(target: Target) -> Clock:
     """The clock that other processes disturb least."""
-    return Clock.CPU if target.provider == "cpu" and target.threads == 1 else Clock.WALL
+    return clock_for(target.provider, target.threads)
 
 
 def in_turns(runs: Sequence[Run], until: Until, clock: Clock = Clock.WALL, witness: Witness | None = None) -> Paired:
@@ -174,40 +156,8 @@ def in_turns(runs: Sequence[Run], until: Until, clock: Clock = Clock.WALL, witne
     return _paired(_trusted(rows, seen, until.rounds), clock, sum(seen) / len(seen))
 
 
-def one_round(runs: Sequence[R], measure: Callable[[R], float], *, backward: bool = False) -> list[float]:
-    """One measurement of each, in order or backwards so that no run always follows the same neighbour."""
-    order = range(len(runs))
-    taken = {index: measure(runs[index]) for index in (reversed(order) if backward else order)}
-    return [taken[index] for index in order]
-
-
-def seconds(run: Run, clock: Clock) -> float:
-    """One run on the given clock."""
-    if clock is Clock.WALL:
-        return run.seconds()
-    start = time.thread_time()
-    run.seconds()
-    return time.thread_time() - start
-
-
-def warm_up(runs: Sequence[Run], budget_s: float) -> None:
-    """Run everything until its best time stops falling by more than 5 %."""
-    for run in runs:
-        deadline = time.perf_counter() + budget_s / len(runs)
-        best = run.seconds()
-        for _ in range(_WARM_UP_RUNS):
-            if time.perf_counter() > deadline:
-                break
-            now = run.seconds()
-            if now > 0.95 * best:
-                break
-            best = now
-
-
 def _repeats(run: Run, clock: Clock, sample_s: float) -> int:
-    if sample_s == 0:
-        return 1
-    return min(_MOST_RUNS, max(1, math.ceil(sample_s / max(seconds(run, clock), 1e-9))))
+    return 1 if sample_s == 0 else runs_per_sample(seconds(run, clock), sample_s)
 
 
 def _trusted(rows: Sequence[Sequence[float]], seen: Sequence[bool], fewest: int) -> NDArray[np.float64]:

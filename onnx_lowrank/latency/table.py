@@ -2,34 +2,61 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
+import json
 import logging
 import os
 import sqlite3
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
 import platformdirs
 
-from onnx_lowrank.latency.machine import fingerprint
-from onnx_lowrank.runtime import versions
-from onnx_lowrank.target import Target
+from onnx_lowrank.latency.circumstances import Circumstances
 
 logger = logging.getLogger(__name__)
 
 CACHE_VARIABLE = "ONNX_LOWRANK_CACHE"
-_SCHEMA = 1
+CHAIN, MODEL = "chain", "model"
+_SCHEMA = 2
 _CREATE = f"""
     BEGIN IMMEDIATE;
+    CREATE TABLE IF NOT EXISTS circumstances (
+        digest TEXT PRIMARY KEY, device TEXT NOT NULL, provider TEXT NOT NULL, options TEXT NOT NULL,
+        threads INTEGER NOT NULL, onnxruntime TEXT NOT NULL, level TEXT NOT NULL, clock TEXT NOT NULL,
+        lowered_by TEXT NOT NULL);
     CREATE TABLE IF NOT EXISTS latency (
-        key TEXT PRIMARY KEY, median_ms REAL NOT NULL, samples INTEGER NOT NULL,
-        what TEXT NOT NULL, created REAL NOT NULL);
+        key TEXT NOT NULL, circumstances TEXT NOT NULL REFERENCES circumstances (digest), kind TEXT NOT NULL,
+        what TEXT NOT NULL, median_ms REAL, samples INTEGER NOT NULL, reason TEXT NOT NULL, measured REAL NOT NULL,
+        PRIMARY KEY (key, circumstances));
     CREATE TABLE IF NOT EXISTS fact (key TEXT PRIMARY KEY, value TEXT NOT NULL, created REAL NOT NULL);
     PRAGMA user_version = {_SCHEMA};
     COMMIT;
 """
+
+
+@dataclass(frozen=True)
+class Record:
+    """One latency.
+
+    Args:
+        key: Content of what was timed, with its shapes; says nothing about circumstances.
+        what: The same for a reader.
+        ms: Median in milliseconds; None where it could not be timed.
+        samples: How many the median is of.
+        kind: "chain" (a layer is a chain too) or "model".
+        reason: Why it could not be timed.
+        measured: When, in seconds since 1970.
+    """
+
+    key: str
+    what: str
+    ms: float | None
+    samples: int
+    kind: str = CHAIN
+    reason: str = ""
+    measured: float = field(default_factory=time.time)
 
 
 def cache_folder() -> Path:
@@ -38,21 +65,8 @@ def cache_folder() -> Path:
     return Path(override) if override else platformdirs.user_cache_path("onnx-lowrank", appauthor=False)
 
 
-def table_key(what: str, target: Target, level: str) -> str:
-    """The key of a measurement: content and shapes (`what`), and everything else its value depends on."""
-    return hashlib.sha256(f"{what} {_circumstances(target, level)}".encode()).hexdigest()
-
-
-@functools.cache
-def _circumstances(target: Target, level: str) -> str:
-    options = sorted(target.provider_options.items())
-    installed = versions()
-    software = (installed["onnxruntime"], installed.get("onnx-lowrank", ""))
-    return repr((target.provider_name, options, target.threads, level, fingerprint(target), software))
-
-
 class LatencyTable:
-    """A content-keyed table of measured latencies and facts learnt about the machine.
+    """A content-keyed table of measured latencies and facts learnt about machines.
 
     A file that is damaged, or of another schema, is moved aside with a warning. Where the folder cannot be written the
     table lives in memory, with a warning.
@@ -69,6 +83,12 @@ class LatencyTable:
         self.path = path or cache_folder() / "latency.sqlite"
         self.hits = self.misses = 0
         self._connection = self._open()
+        self._known: set[str] = set()
+
+    @staticmethod
+    def in_memory() -> LatencyTable:
+        """An empty table that is gone when it is closed."""
+        return LatencyTable(Path(":memory:"))
 
     def __enter__(self) -> LatencyTable:
         return self
@@ -79,27 +99,53 @@ class LatencyTable:
     def __len__(self) -> int:
         return int(self._connection.execute("SELECT count(*) FROM latency").fetchone()[0])
 
-    def get(self, key: str) -> float | None:
-        """The median in milliseconds, or None if it was never measured."""
-        row = self._connection.execute("SELECT median_ms FROM latency WHERE key = ?", (key,)).fetchone()
-        if row is None:
+    def get(self, key: str, where: Circumstances) -> float | None:
+        """The median in milliseconds, or None if it was not measured under these circumstances."""
+        record = self.record(key, where)
+        if record is None or record.ms is None:
             self.misses += 1
             return None
         self.hits += 1
-        return float(row[0])
+        return record.ms
 
-    def put(self, key: str, median_ms: float, samples: int = 1, what: str = "") -> None:
+    def record(self, key: str, where: Circumstances) -> Record | None:
+        """All that is known about something timed, or None; not counted as asked for."""
+        query = f"SELECT {_FIELDS} FROM latency WHERE key = ? AND circumstances = ?"  # noqa: S608 - a constant
+        row = self._connection.execute(query, (key, where.digest)).fetchone()
+        return None if row is None else Record(*row)
+
+    def put(self, where: Circumstances, record: Record) -> None:
         """Remember a latency; one measured earlier is replaced."""
-        row = (key, median_ms, samples, what, time.time())
-        self._write("INSERT OR REPLACE INTO latency VALUES (?, ?, ?, ?, ?)", row)
+        digest = where.digest
+        if digest not in self._known:
+            names = (where.device, where.provider, json.dumps(dict(where.options)), where.threads, where.onnxruntime)
+            row = (digest, *names, where.level, where.clock, where.lowered_by)
+            self._write("INSERT OR IGNORE INTO circumstances VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+            self._known.add(digest)
+        latency = (record.key, digest, record.kind, record.what, record.ms, record.samples, record.reason)
+        self._write("INSERT OR REPLACE INTO latency VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (*latency, record.measured))
+
+    def circumstances(self) -> list[Circumstances]:
+        """All there are latencies of, sorted."""
+        names = "device, provider, options, threads, onnxruntime, level, clock, lowered_by"
+        rows = self._connection.execute(f"SELECT {names} FROM circumstances")  # noqa: S608 - a constant
+        return sorted(
+            Circumstances(device, provider, tuple(sorted(json.loads(options).items())), *others)
+            for device, provider, options, *others in rows
+        )
+
+    def records(self, where: Circumstances) -> list[Record]:
+        """Everything timed under these circumstances, by kind and key."""
+        query = f"SELECT {_FIELDS} FROM latency WHERE circumstances = ? ORDER BY kind, key"  # noqa: S608 - a constant
+        return [Record(*row) for row in self._connection.execute(query, (where.digest,))]
 
     def fact(self, key: str) -> str | None:
-        """Something learnt about the machine, or None."""
+        """Something learnt about a machine or a model, or None."""
         row = self._connection.execute("SELECT value FROM fact WHERE key = ?", (key,)).fetchone()
         return None if row is None else str(row[0])
 
     def put_fact(self, key: str, value: str) -> None:
-        """Remember something learnt about the machine."""
+        """Remember something learnt about a machine or a model."""
         self._write("INSERT OR REPLACE INTO fact VALUES (?, ?, ?)", (key, value, time.time()))
 
     def close(self) -> None:
@@ -131,6 +177,9 @@ class LatencyTable:
             self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
         logger.warning("latency table %s is unusable (%s); it was moved to %s", self.path, reason, aside.name)
         return _connect(self.path)
+
+
+_FIELDS = "key, what, median_ms, samples, kind, reason, measured"  # in the order of `Record`
 
 
 def _connect(path: Path | str) -> sqlite3.Connection:

@@ -15,13 +15,15 @@ from onnx_lowrank.calibration.walk import CannotCutError
 from onnx_lowrank.candidates import Candidate
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.goals import MaxDrop
-from onnx_lowrank.latency.chains import ChainTimer
+from onnx_lowrank.latency.chains import Pricer
 from onnx_lowrank.plan import CALIBRATED, DATA_FREE, REFIT, Choice, PassSpec, Plan
 from onnx_lowrank.progress import Phases
 from onnx_lowrank.runtime import versions
 from onnx_lowrank.search.attempt import Attempt, Outcome
 from onnx_lowrank.search.bench import Bench
+from onnx_lowrank.search.elsewhere import Elsewhere, remember_models
 from onnx_lowrank.search.factorizations import FactorizationCache
+from onnx_lowrank.search.foresight import Foresight
 from onnx_lowrank.search.loop import Loop
 from onnx_lowrank.search.prediction import Prediction
 from onnx_lowrank.search.prepare import Prepared, prepare
@@ -52,7 +54,7 @@ class Analysis:
     ready: Prepared
     rows: Sequence[Row]
     bench: Bench
-    timer: ChainTimer
+    timer: Pricer
     outcome: Outcome
 
     def keeping_all(self, reason: str, *, reached: bool) -> Analysis:
@@ -65,7 +67,9 @@ class Analysis:
         return replace(self, outcome=Outcome(kept, reached, reason))
 
 
-def analyse(source: Source, settings: Settings, folder: Path, phases: Phases) -> Analysis:
+def analyse(
+    source: Source, settings: Settings, folder: Path, phases: Phases, there: Elsewhere | None = None
+) -> Analysis:
     """Find the best model for the goal.
 
     Args:
@@ -73,6 +77,7 @@ def analyse(source: Source, settings: Settings, folder: Path, phases: Phases) ->
         settings: Options.
         folder: For trial models.
         phases: Timed and shown.
+        there: Plan for this device, by its latency table alone; nothing is timed then.
 
     Raises:
         LowRankError: as its parts do.
@@ -81,20 +86,20 @@ def analyse(source: Source, settings: Settings, folder: Path, phases: Phases) ->
     # Never by samples that are reported on: too few to divide are only reported on.
     judge = None if source.samples is None else source.samples.judge
     deadline = math.inf if settings.time_limit is None else time.monotonic() + settings.time_limit
-    ready = prepare(source, settings, folder, phases)
+    ready = prepare(source, settings, folder, phases, there)
     found = ready.survey
     cache = FactorizationCache(settings.memory_limit, folder)
     try:
-        rows, timer, table = candidates(source, ready, settings, cache, phases)
+        rows, timer, table = candidates(source, ready, settings, cache, phases, there)
     except CannotCutError as error:
         ready = replace(ready, notes=(*ready.notes, f"no calibration: {error} would have to be carried along"))
         source, cache = replace(source, samples=None), FactorizationCache(settings.memory_limit, folder)
-        rows, timer, table = candidates(source, ready, settings, cache, phases)
+        rows, timer, table = candidates(source, ready, settings, cache, phases, there)
     bench = Bench(source.path, source.graph, ready.methods, cache, ready.racer, folder, deadline, table, phases)
     fit = DATA_FREE if table is None else REFIT if settings.refit else CALIBRATED
 
     def plan_of(chosen: Sequence[Candidate]) -> Plan:
-        return _plan(source, ready, chosen, fit)
+        return replace(_plan(source, ready, chosen, fit), planned_for=there.label if there else "")
 
     def error_of(model: Path) -> float:
         if drop is not None:
@@ -107,9 +112,13 @@ def analyse(source: Source, settings: Settings, folder: Path, phases: Phases) ->
     with phases.phase("search"):
         # In turns with the original, as the finished model will be timed; a race of one would end after a moment.
         baseline = ready.racer.race([ready.original, ready.normalized])
+        if there is None:
+            both = [(ready.original, f"original {source.path.name}"), (ready.normalized, "normalized")]
+            remember_models(ready.racer, both, baseline)
         allocator = ALLOCATORS[settings.allocator]
         prediction = Prediction(rows, baseline.timings[1].median_ms)
-        loop = Loop(bench, prediction, baseline, allocator, ready.original, ready.normalized, plan_of, error_of)
+        parts = (bench, prediction, baseline, allocator, ready.original, ready.normalized, plan_of, error_of)
+        loop = Foresight(*parts, planned_for=there.label) if there else Loop(*parts)
         outcome = loop.run(settings.goal, *totals(settings, found, rows, source.graph))
     return Analysis(source, ready, rows, bench, timer, outcome)
 

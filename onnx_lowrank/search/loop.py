@@ -141,7 +141,7 @@ class Loop:
         other = self.timed(self._attempt(near, self.prediction))
         return self.prediction.learned(near, scaled_ms(other, self.prediction))
 
-    def _foretold(self, attempt: Attempt, others: Sequence[Sequence[Candidate]]) -> Attempt:
+    def _corrected(self, attempt: Attempt, others: Sequence[Sequence[Candidate]]) -> Attempt:
         """The attempt with a prediction corrected by the choice that is most like its own."""
         rest = [chosen for chosen in others if not same(chosen, attempt.chosen)]
         if not rest:
@@ -169,12 +169,16 @@ class Loop:
                 break
         if not any(candidate.chain for candidate in best.chosen):
             return self._kept("no rewrite stays within the limit: every layer is kept", reached=True)
-        best = self.timed(self._foretold(best, [attempt.chosen for attempt in found]))
-        check = any(candidate.exact for candidate in best.chosen)
+        best = self._corrected(best, [attempt.chosen for attempt in found])
+        within = f"{best.error:.4g} where it was searched for, the limit being {goal.value:g}"
+        return self._finished(best, limit, within, check=any(candidate.exact for candidate in best.chosen))
+
+    def _finished(self, best: Attempt, limit: float, within: str, *, check: bool) -> Outcome:
+        """The model found for an error goal, timed; `check`: it is at full rank, slower, and meant to be."""
+        best = self.timed(best)
         if not check and best.race is not None and best.race.ratio(1, 2).high < 1:
             reason = f"what stays within the limit is slower ({best.race.ratio(1, 2)}): every layer is kept"
             return self._kept(reason, reached=True)
-        within = f"{best.error:.4g} where it was searched for, the limit being {goal.value:g}"
         if check:
             return Outcome(best, reached=True, reason=within)
         return self._guarded(best, lambda other: (other.error or 0.0) <= limit, within)

@@ -13,6 +13,7 @@ from onnx_lowrank.layer import Kept, Layer
 from onnx_lowrank.pass_manager import PassRecord
 from onnx_lowrank.passes.normalize import DEFAULT_NORMALIZE, MEASURED_NORMALIZE
 from onnx_lowrank.progress import Phases
+from onnx_lowrank.search.elsewhere import Elsewhere, RememberedRaces
 from onnx_lowrank.search.racer import Contestant, Racer
 from onnx_lowrank.search.source import Source
 from onnx_lowrank.search.survey import Survey, make_samples, normalize, runs_natively, survey
@@ -51,8 +52,17 @@ def tuned_for(source: Source, settings: Settings, phases: Phases) -> Settings:
     return tuned(source.path, samples, settings, phases)
 
 
-def prepare(source: Source, settings: Settings, folder: Path, phases: Phases) -> Prepared:
+def prepare(
+    source: Source, settings: Settings, folder: Path, phases: Phases, there: Elsewhere | None = None
+) -> Prepared:
     """Normalize the source's graph, in place, and find its layers.
+
+    Args:
+        source: The model and its data; its graph is edited.
+        settings: Options.
+        folder: For the normalized model.
+        phases: Timed and shown.
+        there: The device whose latencies count instead of this machine's.
 
     Raises:
         LowRankError: if the model does not run on the target, a pass fails, or a weight is not finite.
@@ -61,7 +71,10 @@ def prepare(source: Source, settings: Settings, folder: Path, phases: Phases) ->
     with phases.phase("baseline"):
         samples, notes = make_samples(source.graph, settings.target, source.data, settings.seed)
         native, remarks = runs_natively(source.path, settings.target)
-        racer = Racer(settings.target, samples, folder, as_float32=not native)
+        if there is None:
+            racer = Racer(settings.target, samples, folder, as_float32=not native)
+        else:
+            racer = RememberedRaces(settings.target, samples, folder, as_float32=not native, there=there)
         # A search of a second must not spend eight on one race.
         racer.seconds = min(racer.seconds, settings.time_limit or racer.seconds)
         original = racer.best_level(source.path)
@@ -71,7 +84,7 @@ def prepare(source: Source, settings: Settings, folder: Path, phases: Phases) ->
             source.graph, passes or DEFAULT_NORMALIZE, () if passes else MEASURED_NORMALIZE, racer, path
         )
         normalized = racer.best_level(path)
-        found = _pinned(survey(source.graph, racer, folder), settings)
+        found = pinned(survey(source.graph, racer, folder), settings)
     if not native:
         notes = (*notes, f"{settings.target.provider_name} has no kernels for its element types: timed as float32")
     notes = (*notes, *remarks)
@@ -79,7 +92,7 @@ def prepare(source: Source, settings: Settings, folder: Path, phases: Phases) ->
     return Prepared(found, records, allowed, racer, original, normalized, notes)
 
 
-def _pinned(found: Survey, settings: Settings) -> Survey:
+def pinned(found: Survey, settings: Settings) -> Survey:
     """The survey with the layers the user pinned among the kept ones."""
     names = {key: node.name or key for _, node, key in keyed_nodes(found.graph)}
     known = {name for key in (*(n for layer in found.layers for n in layer.nodes), *(k.key for k in found.kept))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 from onnx_lowrank.allocators import ALLOCATORS
@@ -14,13 +15,14 @@ from onnx_lowrank.candidates import Grid
 from onnx_lowrank.goals import KeepMacs, KeepParams
 from onnx_lowrank.graph.model import Graph
 from onnx_lowrank.graph.size import parameters
-from onnx_lowrank.latency.chains import ChainTimer
-from onnx_lowrank.latency.grid import Kind, channel_block
+from onnx_lowrank.latency.chains import ChainTimer, Pricer
+from onnx_lowrank.latency.grid import KINDS, Kind, channel_block
 from onnx_lowrank.latency.table import LatencyTable
 from onnx_lowrank.layer import Layer
 from onnx_lowrank.progress import Phases
 from onnx_lowrank.runtime import versions
 from onnx_lowrank.search.calibrated import PROBE_VERSION, CalibratedTable, Calibration
+from onnx_lowrank.search.elsewhere import Elsewhere
 from onnx_lowrank.search.factorizations import FactorizationCache
 from onnx_lowrank.search.prediction import NEIGHBOUR, size_problem
 from onnx_lowrank.search.prepare import Prepared
@@ -28,49 +30,73 @@ from onnx_lowrank.search.source import Source
 from onnx_lowrank.search.survey import Survey
 from onnx_lowrank.search.table import GridOf, Row, price, tabulate
 from onnx_lowrank.settings import Settings
-from onnx_lowrank.target import Target
 
 logger = logging.getLogger(__name__)
 FULL_RANK = "full_rank"
 
 
 def candidates(
-    source: Source, ready: Prepared, settings: Settings, cache: FactorizationCache, phases: Phases
-) -> tuple[list[Row], ChainTimer, CalibratedTable | None]:
+    source: Source,
+    ready: Prepared,
+    settings: Settings,
+    cache: FactorizationCache,
+    phases: Phases,
+    there: Elsewhere | None = None,
+) -> tuple[list[Row], Pricer, CalibratedTable | None]:
     """Decompose, calibrate where there are samples, and time every candidate the goal could choose.
 
+    With `there` no candidate is timed: prices are those of that device.
+
     Returns:
-        The table; what timed it; and what was learnt from samples, None without.
+        The table; what priced it; and what was learnt from samples, None without.
     """
     found = ready.survey
     table = LatencyTable()
     by_size = isinstance(settings.goal, KeepMacs | KeepParams)
     with phases.phase("channel grid"):
-        grid_of = _grid(found, settings.target, table, by_size=by_size)
-    exact = settings.allocator == FULL_RANK
-    calibrated = None
-    if source.samples is None or exact or ready.racer.as_float32:
-        with phases.phase("decompose") as advance:
-            rows = tabulate(found.layers, tuple(ready.methods.values()), grid_of, cache, advance, exact_only=exact)
-    else:
-        given = _calibration(source, ready, settings, source.samples, cache.folder, table)
-        calibrated = CalibratedTable(source.graph, found.layers, ready.methods, grid_of, cache, given, phases)
-        rows = calibrated.rows()
-    timer = ChainTimer(settings.target, table, ready.normalized.level)
+        block_of = there.block if there else partial(channel_block, settings.target, table)
+        grid_of = _grid(found, block_of, by_size=by_size)
+    rows, calibrated = decomposed(source, ready, settings, cache, phases, table, grid_of)
+    level = ready.normalized.level
+    timer = there.pricer(level) if there else ChainTimer(settings.target, table, level)
     with phases.phase("time chains") as advance:
         wanted = _of_size(rows, settings, found, source.graph) if by_size else None
         rows = price(rows, timer, advance, lambda o: wanted is None or (o.key, o.method, o.rank) in wanted)
     return rows, timer, calibrated
 
 
-def _grid(found: Survey, target: Target, table: LatencyTable, *, by_size: bool) -> GridOf:
+def decomposed(
+    source: Source,
+    ready: Prepared,
+    settings: Settings,
+    cache: FactorizationCache,
+    phases: Phases,
+    memory: LatencyTable,
+    grid_of: GridOf,
+) -> tuple[list[Row], CalibratedTable | None]:
+    """The table without prices, calibrated where there are samples; `memory` keeps what is probed."""
+    found, exact = ready.survey, settings.allocator == FULL_RANK
+    if source.samples is None or exact or ready.racer.as_float32:
+        with phases.phase("decompose") as advance:
+            methods = tuple(ready.methods.values())
+            return tabulate(found.layers, methods, grid_of, cache, advance, exact_only=exact), None
+    given = _calibration(source, ready, settings, source.samples, cache.folder, memory)
+    calibrated = CalibratedTable(source.graph, found.layers, ready.methods, grid_of, cache, given, phases)
+    return calibrated.rows(), calibrated
+
+
+def kind_of(layer: Layer) -> Kind:
+    """Which of the channel blocks the layer's chains are cut to."""
+    return "conv" if layer.form.op == "Conv" else "matmul"
+
+
+def _grid(found: Survey, block_of: Callable[[Kind], int], *, by_size: bool) -> GridOf:
     """Ranks worth a look, from the channel blocks of the target, probed for the operators there are."""
-    ops = {layer.form.op for layer in found.layers}
-    kinds: list[Kind] = [*(["conv"] if "Conv" in ops else []), *(["matmul"] if ops - {"Conv"} else [])]
-    blocks: dict[str, int] = {kind: channel_block(target, table, kind) for kind in kinds}
+    kinds = {kind_of(layer) for layer in found.layers}
+    blocks = {kind: block_of(kind) for kind in KINDS if kind in kinds}
 
     def grid_of(layer: Layer) -> Grid:
-        block = blocks["conv" if layer.form.op == "Conv" else "matmul"]
+        block = blocks[kind_of(layer)]
         return Grid.of_size(layer.shape, block) if by_size else Grid.of_machine(block)
 
     return grid_of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,8 @@ from onnx_lowrank.latency.measure import Paired
 from onnx_lowrank.latency.race import race
 from onnx_lowrank.signature import Feeds
 from onnx_lowrank.target import Target
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +65,13 @@ class Racer:
             return levels[0]
         timed = self.race(levels, self.seconds / 4)
         return min(zip((t.median_ms for t in timed.timings), range(len(levels)), levels, strict=True))[2]
+
+    def gains(self, path: Path, variant: Path) -> bool:
+        """Whether a variant of a model was measured faster than the model itself."""
+        level = self.target.levels[0]
+        gain = self.race([Contestant(path, level), Contestant(variant, level)]).ratio(0, 1)
+        logger.info("%s: %s as fast", variant.stem, gain)
+        return gain.low > 1.0
 
     def race(self, contestants: Sequence[Contestant], seconds: float | None = None) -> Paired:
         """Run the contestants in turns on every sample; milliseconds are weighted over the samples."""

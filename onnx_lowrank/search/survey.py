@@ -17,7 +17,7 @@ from onnx_lowrank.graph.layers import layers, shapes_as_trace
 from onnx_lowrank.graph.model import Graph
 from onnx_lowrank.layer import Kept, Layer, NodeShapes
 from onnx_lowrank.pass_manager import PassManager, PassRecord
-from onnx_lowrank.search.racer import Contestant, Racer, Sample
+from onnx_lowrank.search.racer import Racer, Sample
 from onnx_lowrank.signature import index_bounds, signature_of
 from onnx_lowrank.synthetic import resolve_shapes, synthetic_feeds
 from onnx_lowrank.target import Target
@@ -108,10 +108,7 @@ def normalize(
         more = [record, *PassManager(passes).run(graph)]
         variant = path.with_name(f"with_{step.name}.onnx")
         io.save(graph, variant)
-        level = racer.target.levels[0]
-        gain = racer.race([Contestant(path, level), Contestant(variant, level)]).ratio(0, 1)
-        logger.info("%s: %s as fast", step.name, gain)
-        if gain.low > 1.0:
+        if racer.gains(path, variant):
             records = more
             io.save(graph, path)
         else:

@@ -10,7 +10,7 @@ from threadpoolctl import threadpool_limits
 
 from onnx_lowrank.candidates import Candidate, Grid, candidate, keep, worth_timing
 from onnx_lowrank.decomposition import Decomposition, Rank
-from onnx_lowrank.latency.chains import ChainTimer, Job
+from onnx_lowrank.latency.chains import Job, Pricer
 from onnx_lowrank.layer import Array, Layer
 from onnx_lowrank.search.factorizations import FactorizationCache
 
@@ -116,7 +116,7 @@ def row_of(
 
 
 def price(
-    rows: Sequence[Row], timer: ChainTimer, progress: Progress, wanted: Callable[[Candidate], bool] = lambda _: True
+    rows: Sequence[Row], timer: Pricer, progress: Progress, wanted: Callable[[Candidate], bool] = lambda _: True
 ) -> list[Row]:
     """Time the wanted candidates of every row and all layers.
 

@@ -1,0 +1,90 @@
+"""Runs in turns, on a clock. Needs numpy alone: `latency request` copies this file into the script that it writes."""
+
+from __future__ import annotations
+
+import enum
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+R = TypeVar("R")
+_ROUNDS = 7
+_WARM_UP_S = 0.05
+_WARM_UP_RUNS = 10
+_SHORTEST_S = 0.001  # a sample shorter than this is the mean of several runs
+_MOST_RUNS = 20
+
+
+class Run(Protocol):
+    """Something that can be run again and again, such as a bound session."""
+
+    def seconds(self) -> float:
+        """Run once; wall clock."""
+        ...
+
+
+class Clock(enum.Enum):
+    """What a second is: on the wall, or of this thread on the processor (single-threaded CPU sessions only)."""
+
+    WALL = "wall"
+    CPU = "cpu"
+
+
+def clock_for(provider: str, threads: int) -> Clock:
+    """The clock that other processes disturb least."""
+    return Clock.CPU if provider == "cpu" and threads == 1 else Clock.WALL
+
+
+def one_round(runs: Sequence[R], measure: Callable[[R], float], *, backward: bool = False) -> list[float]:
+    """One measurement of each, in order or backwards so that no run always follows the same neighbour."""
+    order = range(len(runs))
+    taken = {index: measure(runs[index]) for index in (reversed(order) if backward else order)}
+    return [taken[index] for index in order]
+
+
+def seconds(run: Run, clock: Clock) -> float:
+    """One run on the given clock."""
+    if clock is Clock.WALL:
+        return run.seconds()
+    start = time.thread_time()
+    run.seconds()
+    return time.thread_time() - start
+
+
+def warm_up(runs: Sequence[Run], budget_s: float) -> None:
+    """Run everything until its best time stops falling by more than 5 %."""
+    for run in runs:
+        deadline = time.perf_counter() + budget_s / len(runs)
+        best = run.seconds()
+        for _ in range(_WARM_UP_RUNS):
+            if time.perf_counter() > deadline:
+                break
+            now = run.seconds()
+            if now > 0.95 * best:
+                break
+            best = now
+
+
+def sample(runs: Sequence[Run], clock: Clock, rounds: int = _ROUNDS) -> NDArray[np.float64]:
+    """Seconds, rounds x runs: all runs in turns, back and forth."""
+    warm_up(runs, _WARM_UP_S * len(runs))
+    repeats = {id(run): runs_per_sample(seconds(run, clock)) for run in runs}
+
+    def mean(run: Run) -> float:
+        return sum(seconds(run, clock) for _ in range(repeats[id(run)])) / repeats[id(run)]
+
+    return np.array([one_round(runs, mean, backward=number % 2 == 1) for number in range(rounds)])
+
+
+def relative_to_first(samples: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Median over the rounds of every run's time as a multiple of the first one's."""
+    return np.median(samples / samples[:, :1], axis=0)
+
+
+def runs_per_sample(one_run_s: float, shortest_s: float = _SHORTEST_S) -> int:
+    """How many runs one sample is the mean of: as many as fill `shortest_s`, within bounds."""
+    return min(_MOST_RUNS, max(1, math.ceil(shortest_s / max(one_run_s, 1e-9))))
