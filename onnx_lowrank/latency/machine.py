@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import platform
 import re
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from onnx_lowrank.runtime import versions
 from onnx_lowrank.target import Target
 
 # Instruction sets that choose onnxruntime's kernels, by the names of /proc/cpuinfo.
@@ -82,3 +84,15 @@ def fingerprint(target: Target) -> str:
     cpu = processor()
     words = [cpu.model, *cpu.isa]
     return " ".join(words if target.provider == "cpu" else [*words, "|", accelerator()])
+
+
+def environment(target: Target) -> dict[str, object]:
+    """What the numbers of a report depend on, for its JSON."""
+    return {
+        "versions": versions(),
+        "cpu": processor().model,
+        "cores": os.cpu_count(),
+        "os": platform.platform(),
+        "provider": target.provider,
+        "provider_options": dict(target.provider_options),
+    }

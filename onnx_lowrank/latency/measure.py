@@ -114,12 +114,17 @@ def paired(
     return in_turns(bound, rounds, budget_s, clock)
 
 
-def in_turns(runs: Sequence[Run], rounds: int, budget_s: float, clock: Clock = Clock.WALL) -> Paired:
-    """`paired` for anything that can be run; the first is the one the others are compared with."""
+def in_turns(runs: Sequence[Run], rounds: int, budget_s: float, clock: Clock = Clock.WALL, enough: int = 0) -> Paired:
+    """`paired` for anything that can be run; the first is the one the others are compared with.
+
+    Ratios that are known end it after `enough` rounds only: percentiles far out need many.
+    """
     deadline = time.perf_counter() + budget_s
     warm_up(runs, budget_s / 8)
     samples: list[list[float]] = []
-    while len(samples) < rounds or (time.perf_counter() < deadline and not _settled(samples)):
+    while len(samples) < rounds or (
+        time.perf_counter() < deadline and (len(samples) < enough or not _settled(samples))
+    ):
         samples.append(one_round(runs, lambda run: seconds(run, clock), backward=len(samples) % 2 == 1))
     table = np.array(samples)
     ratios = table[:, :1] / table

@@ -42,7 +42,9 @@ class OpenedEachTime:
         return sum(weight * min(session.time(feeds, 3)) for feeds, weight in self.samples)
 
 
-def race(entries: Sequence[tuple[Path, str]], target: Target, samples: Sequence[Weighted], budget_s: float) -> Paired:
+def race(
+    entries: Sequence[tuple[Path, str]], target: Target, samples: Sequence[Weighted], budget_s: float, enough: int = 0
+) -> Paired:
     """Time model files in turns.
 
     Args:
@@ -50,11 +52,12 @@ def race(entries: Sequence[tuple[Path, str]], target: Target, samples: Sequence[
         target: Where to run.
         samples: Inputs, and how much each counts.
         budget_s: Wall clock, opening excluded.
+        enough: Rounds to go on to although the ratios are known, as far as the budget goes.
 
     Raises:
         InputError, ProviderError: if a model does not open or run.
     """
-    return _race([(path, level, target) for path, level in entries], samples, budget_s)
+    return _race([(path, level, target) for path, level in entries], samples, budget_s, enough)
 
 
 def race_targets(
@@ -64,11 +67,13 @@ def race_targets(
     return _race([(path, level, target) for target in targets], samples, budget_s)
 
 
-def _race(entries: Sequence[tuple[Path, str, Target]], samples: Sequence[Weighted], budget_s: float) -> Paired:
+def _race(
+    entries: Sequence[tuple[Path, str, Target]], samples: Sequence[Weighted], budget_s: float, enough: int = 0
+) -> Paired:
     if sum(file_bytes(path) for path, _, _ in entries) > LARGE_BYTES:
         lazy = [OpenedEachTime(path, level, target, samples) for path, level, target in entries]
-        return in_turns(lazy, LARGE_ROUNDS, budget_s, Clock.WALL)
+        return in_turns(lazy, LARGE_ROUNDS, budget_s, Clock.WALL, enough)
     sessions = [open_session(path, target, level) for path, level, target in entries]
     runs = [OverSamples([(session.bind(feeds), weight) for feeds, weight in samples]) for session in sessions]
     clocks = {steady_clock(target) for _, _, target in entries}
-    return in_turns(runs, ROUNDS, budget_s, clocks.pop() if len(clocks) == 1 else Clock.WALL)
+    return in_turns(runs, ROUNDS, budget_s, clocks.pop() if len(clocks) == 1 else Clock.WALL, enough)
