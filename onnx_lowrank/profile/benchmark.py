@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 
 from onnx_lowrank.errors import InputError
+from onnx_lowrank.graph import io
 from onnx_lowrank.graph.size import file_bytes
 from onnx_lowrank.kernel_trace import KernelEvent
 from onnx_lowrank.latency.machine import environment
@@ -66,8 +67,7 @@ def profile(
     if not models:
         raise InputError("no model", "at least one ONNX file", "name one")
     for path in models:
-        if not path.is_file():
-            raise InputError(f"{path}, which does not exist", "an ONNX file", "check the path")
+        io.load(path)  # refuses what is no valid model, with a sentence
     if feeds is not None and sweep.batches:
         raise InputError("sizes of batches beside a sample", "one of the two", "leave one out")
     configurations = sweep.configurations(target)
