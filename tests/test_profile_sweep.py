@@ -137,7 +137,7 @@ def test_no_batch_dimension():
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc")
 def test_memory_holds_the_weights_at_least(tmp_path: Path):
     path = tmp_path / "wide.onnx"
-    width = 2048
+    width = 1024
     onnx.save(perceptron(width=width), path)
     with MemoryMeter() as meter:
         feeds = {"x": np.ones((1, width), np.float32)}
@@ -195,8 +195,8 @@ def test_json_file_and_table(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     save(perceptron(), tmp_path, "model.onnx")
-    command = "profile model.onnx model.onnx --threads 1 --batch 1,2 --levels all --seconds 0.1 -o found.json"
-    assert run(command.split()) == 0
+    options = ["--threads", "1", "--batch", "1,2", "--levels", "all", "--seconds", "0.1", "-o", "found.json"]
+    assert run(["profile", "model.onnx", "model.onnx", *options]) == 0
     text = capsys.readouterr().out
     raw = json.loads((tmp_path / "found.json").read_text())
     assert [row["batch"] for row in raw["models"]] == [1, 1, 2, 2]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -223,10 +223,14 @@ def _profiled(
 
 
 def _undisturbed(events: list[KernelEvent], runs: int) -> list[KernelEvent]:
-    """Those of the faster half of the runs; the first one, which also allocates, is left out."""
+    """One run whose kernels took their median over the runs; the first one, which also allocates, is left out.
+
+    A disturbance hits nearly every run of a busy machine, but each kernel in few of them.
+    """
     size = len(events) // runs
     if len(events) % runs:  # runs of different length: loops and branches
         return events[size:]
-    split = [events[start : start + size] for start in range(size, len(events), size)] if size else []
-    split.sort(key=lambda run: sum(event.microseconds for event in run))
-    return [event for run in split[: (len(split) + 1) // 2] for event in run]
+    return [
+        replace(event, microseconds=float(np.median([other.microseconds for other in events[size + place :: size]])))
+        for place, event in enumerate(events[:size])
+    ]
