@@ -24,6 +24,7 @@ from onnx_lowrank import cli_latency, inspection, pipeline
 from onnx_lowrank.catalogue import catalogue
 from onnx_lowrank.cli_options import (
     AllocatorOption,
+    BatchesOption,
     BisectOption,
     CalibrationOption,
     DeviceOption,
@@ -35,6 +36,7 @@ from onnx_lowrank.cli_options import (
     KeepOption,
     KeepParamsOption,
     LatencyOption,
+    LevelsOption,
     MaxDropOption,
     MaxErrorOption,
     MemoryOption,
@@ -54,6 +56,7 @@ from onnx_lowrank.cli_options import (
     ShapeOption,
     SpeedupOption,
     TableOption,
+    ThreadsListOption,
     ThreadsOption,
     TimeOption,
     given,
@@ -69,6 +72,7 @@ from onnx_lowrank.graph import io
 from onnx_lowrank.plan import Plan
 from onnx_lowrank.profile import profile as profile_models
 from onnx_lowrank.profile import render as render_profile
+from onnx_lowrank.profile.sweep import parse_sweep
 from onnx_lowrank.report.model import folder_for
 from onnx_lowrank.report.terminal import show
 from onnx_lowrank.request import settings_of
@@ -296,19 +300,29 @@ def profile(
     *,
     provider: ProviderOption = None,
     provider_option: ProviderOptionOption = None,
-    threads: ThreadsOption = None,
+    threads_list: ThreadsListOption = None,
+    batches: BatchesOption = None,
+    levels: LevelsOption = None,
     shape: ShapeOption = None,
     allow_fallback: FallbackOption = False,
-    seconds: Annotated[float, typer.Option(help="How long to measure.", min=0.1)] = 20.0,
+    seconds: Annotated[float, typer.Option(help="How long to time each combination, at most.", min=0.1)] = 20.0,
+    out: Annotated[Path | None, typer.Option("--output", "-o", help="Receives the JSON, whole or not at all.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Time models in turns, with intervals, and say where the time goes."""
+    """Time models in turns, for every combination of threads, batch and level, and say where the time goes."""
     settings = settings_of(given(locals(), None), provider_option or ())
-    result = profile_models(models, settings.target, budget_s=seconds)
+    sweep = parse_sweep(threads_list, batches, levels)
+    if out is not None:
+        pipeline.check_paths(out, *models)
+    result = profile_models(models, settings.target, budget_s=seconds, sweep=sweep, phases=phases_on(_err))
+    if out is not None:
+        io.write_text(out, result.to_json())
     if as_json:
-        typer.echo(json.dumps(result.to_dict(), indent=1))
+        typer.echo(result.to_json(), nl=False)
     else:
         render_profile(result, _out)
+        if out is not None:
+            _out.print(f"written to {out}", markup=False, highlight=False)
 
 
 @app.command("inspect")

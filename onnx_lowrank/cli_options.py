@@ -14,7 +14,7 @@ from onnx_lowrank.error_metrics import ERROR_METRICS
 from onnx_lowrank.metrics import METRICS
 from onnx_lowrank.recipe import Recipe, parse_passes, read_recipe
 from onnx_lowrank.request import merged
-from onnx_lowrank.target import PROVIDERS
+from onnx_lowrank.target import ALL_LEVELS, PROVIDERS
 
 GOALS = "Goals (at most one; none means --max-error 0.01)"
 DATA = "Data"
@@ -69,6 +69,17 @@ ProviderOptionOption = Annotated[
     list[str] | None, typer.Option(help="name=value, passed to the provider.", rich_help_panel=TARGET)
 ]
 ThreadsOption = Annotated[int | None, typer.Option(help="Threads; 0 means all cores.", rich_help_panel=TARGET)]
+ThreadsListOption = Annotated[
+    str | None, typer.Option("--threads", help="Threads, such as 1,2; 0 means all cores.", rich_help_panel=TARGET)
+]
+BatchesOption = Annotated[
+    str | None,
+    typer.Option("--batch", help="Sizes of the leading dimension, such as 1,8,32.", rich_help_panel=TARGET),
+]
+LevelsOption = Annotated[
+    str | None,
+    typer.Option(help=f"Levels of {', '.join(ALL_LEVELS)}; the best if not given.", rich_help_panel=TARGET),
+]
 ShapeOption = Annotated[
     list[str] | None, typer.Option(help="NAME=1x3x224x224, optionally *weight; repeatable.", rich_help_panel=TARGET)
 ]

@@ -7,17 +7,16 @@ memory; optimizations that would fuse them away are lost, which changes values b
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import onnx
-from onnx import GraphProto, NodeProto
+from onnx import GraphProto
 
 from onnx_lowrank.data import Dataset
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.fidelity import FidelityMeter
-from onnx_lowrank.rewrite import STAMP
+from onnx_lowrank.rewrite import stamps
 from onnx_lowrank.side_by_side import batches_for, open_pair
 from onnx_lowrank.target import Target
 
@@ -131,17 +130,10 @@ def first_divergence(
 
 def _rewrites(graph: GraphProto) -> dict[str, str]:
     """Every tensor a stamped node of the main graph writes, and the stamp in words."""
-    stamps = ((node, dict(_stamp(node))) for node in graph.node)
+    stamped = ((node, dict(stamps(node))) for node in graph.node)
     return {
         name: f"{stamp['method']} at rank {stamp.get('rank', '?')}"
-        for node, stamp in stamps
+        for node, stamp in stamped
         if "method" in stamp
         for name in node.output
     }
-
-
-def _stamp(node: NodeProto) -> Iterable[tuple[str, str]]:
-    """What a node of ours says about itself, in metadata or, before IR version 10, in the doc string."""
-    words = [(prop.key, prop.value) for prop in node.metadata_props]
-    words += [(key, value) for key, _, value in (word.partition("=") for word in node.doc_string.split())]
-    return ((key.removeprefix(STAMP), value) for key, value in words if key.startswith(STAMP))

@@ -10,7 +10,8 @@ onnx-graphsurgeon builds the new nodes; the user's own nodes never pass through 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -108,6 +109,21 @@ class Replacement:
     chain: Chain
     fit: Fit
     stamp: Mapping[str, str]
+
+
+def stamps(node: NodeProto) -> Iterator[tuple[str, str]]:
+    """What a node of ours says about itself, in metadata or, before IR version 10, in the doc string; oldest first."""
+    words = [(prop.key, prop.value) for prop in node.metadata_props]
+    words += [(key, value) for key, _, value in (word.partition("=") for word in node.doc_string.split())]
+    return ((key.removeprefix(STAMP), value) for key, value in words if key.startswith(STAMP))
+
+
+def layer_name(node: NodeProto) -> str:
+    """Name of the layer that a node stands for: the one its chain replaced, be it in several rounds, or its own."""
+    name = node.name or next(filter(None, node.output), "")
+    methods = "|".join(re.escape(value) for key, value in stamps(node) if key == "method")
+    stage = re.fullmatch(rf"(.+?)(/({methods})_\d+(_\d+)?)+", name) if methods else None
+    return stage[1] if stage else name
 
 
 def splice(graph: Graph, replacements: Iterable[Replacement]) -> dict[str, int]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
 from onnx_lowrank.errors import InputError
-from onnx_lowrank.signature import TensorSpec
+from onnx_lowrank.signature import Dim, TensorSpec
 from onnx_lowrank.target import Target
 
 Shape = tuple[int, ...]
@@ -102,6 +103,52 @@ def batch_size(signature: Sequence[TensorSpec], target: Target) -> int:
 def leading_size(signature: Sequence[TensorSpec], shapes: Mapping[str, Shape]) -> int:
     """Leading dimension of the first input that has one."""
     return next((shapes[spec.name][0] for spec in signature if shapes[spec.name]), 1)
+
+
+def at_batch(
+    signature: Sequence[TensorSpec], given: Mapping[str, Shape], batch: int, label: str
+) -> tuple[tuple[TensorSpec, ...], dict[str, Shape]]:
+    """The signature, and shapes given for it, with the open batch dimensions set to `batch`.
+
+    These are the dimensions called batch, and open leading ones unless their name speaks of a sequence; a symbol that
+    leads one input is the batch in the others too.
+
+    Raises:
+        InputError: if none is open and the model, called `label`, takes another batch.
+    """
+    leading = {spec.shape[0] for spec in signature if spec.shape and _leads(spec.shape)} - {None}
+
+    def fixed(spec: TensorSpec, sizes: Sequence[Dim]) -> tuple[Dim, ...]:
+        named = [isinstance(dim, str) and "batch" in dim.lower() for dim in spec.shape]
+        shared = [dim in leading and spec.shape.count(dim) == 1 for dim in spec.shape]  # "?" may stand for anything
+        first = [axis == 0 and _leads(spec.shape) for axis in range(len(spec.shape))]
+        return tuple(
+            batch if any(reasons) else size for size, *reasons in zip(sizes, named, shared, first, strict=True)
+        )
+
+    specs = tuple(replace(spec, shape=fixed(spec, spec.shape)) for spec in signature)
+    first = next((spec for spec in signature if spec.shape), None)
+    if specs == tuple(signature) and (first is None or first.shape[0] != batch):
+        got = f"--batch {batch} for {label}"
+        if first is None or not isinstance(first.shape[0], int):
+            raise InputError(f"{got}, none of whose inputs has a batch dimension", "one that has", "leave --batch out")
+        raise InputError(
+            f"{got}, whose input {first} has a fixed batch of {first.shape[0]}",
+            f"--batch {first.shape[0]}",
+            "export the model with an open batch to time others",
+        )
+    by_name = {spec.name: spec for spec in signature}
+    fit = {name for name, shape in given.items() if name in by_name and len(shape) == len(by_name[name].shape)}
+    shapes = {
+        name: tuple(int(dim or 0) for dim in fixed(by_name[name], shape)) if name in fit else shape
+        for name, shape in given.items()
+    }
+    return specs, shapes
+
+
+def _leads(shape: Sequence[Dim]) -> bool:
+    """Whether the leading dimension is an open one that may count samples."""
+    return not isinstance(shape[0], int) and not any(word in (shape[0] or "").lower() for word in _SEQUENCE_WORDS)
 
 
 def _draw(

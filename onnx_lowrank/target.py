@@ -19,7 +19,8 @@ PROVIDERS = {
     "coreml": "CoreMLExecutionProvider",
     "xnnpack": "XnnpackExecutionProvider",
 }
-LEVELS = ("all", "extended")
+ALL_LEVELS = ("none", "basic", "extended", "all")
+LEVELS = ("all", "extended")  # worth trying
 # onnxruntime's CUDA provider picks cuDNN's convolution algorithms by rule or by trial; either may win by far (#22705).
 CONV_SEARCHES = ("HEURISTIC", "EXHAUSTIVE")
 

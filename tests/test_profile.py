@@ -7,15 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from builders import model, value
 from onnx import ModelProto, helper
 from rich.console import Console
 
-from onnx_lowrank.attribution import RUNTIME, attribute, name_nodes
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.kernel_trace import KernelEvent
 from onnx_lowrank.profile import profile, render
+from onnx_lowrank.profile.attribution import RUNTIME, attribute, name_nodes
 from onnx_lowrank.target import InputShapes, Target
 
 
@@ -81,6 +82,9 @@ def test_profile_of_two_files(tmp_path: Path, named):
     assert first.ratio == 1.0
     assert second.ratio_ci95[0] <= second.ratio <= second.ratio_ci95[1]
     assert first.p50_ms <= first.p95_ms
+    assert first.p95_ms <= first.p99_ms
+    assert first.p50_ci95_ms[0] <= first.p50_ms <= first.p50_ci95_ms[1]
+    assert first.throughput == pytest.approx(1e3 * first.batch / first.p50_ms)
     assert first.size_bytes == paths[0].stat().st_size
     assert second.size_bytes == paths[1].stat().st_size + (tmp_path / "b.data").stat().st_size
     convs = {"first", "second"} if named else {"c0", "c1"}
@@ -101,9 +105,10 @@ def test_rendered_table_says_what_was_compared(tmp_path: Path):
         render(result, console)
     text = captured.get()
     assert "1 thread(s)" in text
-    assert text.count("a.onnx") == 4
+    assert text.count("a.onnx") == 8  # twice in each table
     assert "1.00x [1.00, 1.00]" in text
     assert "synthetic" not in text
+    assert f"onnxruntime {onnxruntime.__version__}, provider cpu (no options)" in text
 
 
 def test_every_set_of_shapes_is_profiled(tmp_path: Path):
@@ -124,8 +129,10 @@ def test_every_set_of_shapes_is_profiled(tmp_path: Path):
     console = Console(width=160)
     with console.capture() as captured:
         render(result, console)
-    assert captured.get().count("x=8x32x16x16") == 4
-    assert "cpu clock" in captured.get()
+    tables = captured.get().partition("Timed on")[0]
+    assert tables.count("x=8x32x16x16") == 4
+    assert tables.count("x=1x32x16x16") == 6  # the first race's breakdowns too
+    assert "cpu clock" in tables
 
 
 def test_nothing_to_profile():

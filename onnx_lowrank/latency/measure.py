@@ -48,6 +48,7 @@ class Until:
         half_width: Of the 95 % interval of a ratio, as a share of it, at which it is known.
         most: Rounds at most, those repeated because they were disturbed included; None: what the budget allows.
         sample_s: A sample of a shorter run is the mean of several.
+        enough: Ratios that are known end it after so many rounds only: percentiles far out need many.
         resting: A model whose ratio is known is run no more while others are not; then only ratios to the first count.
     """
 
@@ -56,6 +57,7 @@ class Until:
     half_width: float = 0.015
     most: int | None = None
     sample_s: float = 0.0
+    enough: int = 0
     resting: bool = False
 
 
@@ -148,7 +150,8 @@ def in_turns(runs: Sequence[Run], until: Until, clock: Clock = Clock.WALL, witne
         known = {index for index in range(1, len(runs)) if _is_known(table, index, until)}
         quiet = len(rows) - sum(seen)
         # On a machine that is hardly ever quiet there is nothing to wait for.
-        if len(known) == len(runs) - 1 and (quiet >= until.rounds or quiet < DISTURBED_SHARE * len(rows)):
+        settled = len(known) == len(runs) - 1 and len(rows) >= until.enough
+        if settled and (quiet >= until.rounds or quiet < DISTURBED_SHARE * len(rows)):
             break
         if time.perf_counter() >= deadline or len(rows) == until.most:
             break

@@ -17,7 +17,9 @@ from onnx_lowrank.target import Target
 ROUNDS, LARGE_ROUNDS = 9, 5
 
 
-def race(entries: Sequence[tuple[Path, str]], target: Target, samples: Sequence[Weighted], budget_s: float) -> Paired:
+def race(
+    entries: Sequence[tuple[Path, str]], target: Target, samples: Sequence[Weighted], budget_s: float, enough: int = 0
+) -> Paired:
     """Time model files in turns.
 
     Args:
@@ -25,12 +27,13 @@ def race(entries: Sequence[tuple[Path, str]], target: Target, samples: Sequence[
         target: Where to run.
         samples: Inputs, and how much each counts.
         budget_s: Wall clock, opening excluded.
+        enough: Rounds to go on to although the ratios are known, as far as the budget goes.
 
     Raises:
         InputError, ProviderError: if a model does not open or run.
         MeasuringError: if the measuring process dies of a model.
     """
-    return _race([(path, level, target) for path, level in entries], samples, budget_s)
+    return _race([(path, level, target) for path, level in entries], samples, budget_s, enough)
 
 
 def race_targets(
@@ -40,12 +43,14 @@ def race_targets(
     return _race([(path, level, target) for target in targets], samples, budget_s)
 
 
-def _race(entries: Sequence[tuple[Path, str, Target]], samples: Sequence[Weighted], budget_s: float) -> Paired:
+def _race(
+    entries: Sequence[tuple[Path, str, Target]], samples: Sequence[Weighted], budget_s: float, enough: int = 0
+) -> Paired:
     # The measuring process stays in the folder it was started in.
     subjects = [Subject(path.absolute(), level, target, samples) for path, level, target in entries]
     clocks = {steady_clock(target) for _, _, target in entries}
     clock = clocks.pop() if len(clocks) == 1 else Clock.WALL
-    contest = Contest(subjects, Until(ROUNDS, budget_s), clock)
+    contest = Contest(subjects, Until(ROUNDS, budget_s, enough=enough), clock)
     if sum(file_bytes(path) for path, _, _ in entries) > LARGE_BYTES:
         contest = Contest(subjects, Until(LARGE_ROUNDS, budget_s), Clock.WALL, one_by_one=True)
     found = shared().ask(contest)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import resource
 import sys
 from dataclasses import asdict
@@ -14,12 +12,11 @@ from onnx_lowrank.goals import KeepMacs, KeepParams, LatencyMs, MaxDrop, MaxErro
 from onnx_lowrank.graph import io
 from onnx_lowrank.graph.keys import keyed_nodes
 from onnx_lowrank.graph.size import file_bytes, parameters
-from onnx_lowrank.latency.machine import processor
+from onnx_lowrank.latency.environment import environment
 from onnx_lowrank.metrics import estimate, paired_difference
 from onnx_lowrank.progress import Phases
 from onnx_lowrank.report.build import layer_rows
 from onnx_lowrank.report.model import Accuracy, Dropped, GoalRow, Latency, Loss, Report, Size
-from onnx_lowrank.runtime import versions
 from onnx_lowrank.search.analysis import REPORT_SEED, Analysis
 from onnx_lowrank.search.bisection import first_difference
 from onnx_lowrank.search.loop import GOAL_SHARE
@@ -83,15 +80,7 @@ def assemble(analysis: Analysis, settings: Settings, path: Path, phases: Phases)
             Dropped(drop.layer.key, drop.chain.method if drop.chain else "keep", drop.reason)
             for drop in analysis.timer.dropped
         ),
-        environment={
-            "versions": versions(),
-            "cpu": processor().model,
-            "cores": os.cpu_count(),
-            "os": platform.platform(),
-            "provider": settings.target.provider,
-            "provider_options": dict(settings.target.provider_options),
-            "measured_on_cores": list(analysis.bench.racer.cores),
-        },
+        environment={**environment(settings.target), "measured_on_cores": list(analysis.bench.racer.cores)},
         passes=tuple(
             {
                 "name": record.name,

@@ -2,35 +2,25 @@
 
 onnxruntime names a kernel after the node it grew from, with something appended ("mm/MatMulAddFusion"), or, in the
 blocked layout, after the tensor it writes ("relu_out_nchwc"). A convolution that swallowed the Add and Relu behind it
-bears the last one's tensor; it is followed back to the convolution.
+bears the last one's tensor; it is followed back to the convolution. Stages of a chain are told by
+what is stamped on them.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 
 from onnx import GraphProto, NodeProto
 
 from onnx_lowrank.kernel_trace import KernelEvent
+from onnx_lowrank.profile.model import Change, NodeTime, TimeShare
+from onnx_lowrank.rewrite import layer_name
 
 RUNTIME = "(runtime)"
 _OWNERS = frozenset({"If", "Loop", "Scan"})  # their time is that of the nodes in their bodies, which are listed too
 _FUSED_DEPTH = 4
-
-
-@dataclass(frozen=True)
-class NodeTime:
-    """Share of one node of the user's model; `(runtime)` collects what onnxruntime added, layout changes above all.
-
-    `ops` are the kernels that ran for it.
-    """
-
-    node: str
-    ops: tuple[str, ...]
-    share: float
 
 
 def attribute(events: Iterable[KernelEvent], graph: GraphProto) -> tuple[NodeTime, ...]:
@@ -52,6 +42,31 @@ def attribute(events: Iterable[KernelEvent], graph: GraphProto) -> tuple[NodeTim
     return tuple(
         NodeTime(name, tuple(ops[name]), spent[name] / total) for name in sorted(spent, key=lambda n: -spent[n])
     )
+
+
+def by_operator(events: Iterable[KernelEvent], total_ms: float) -> tuple[TimeShare, ...]:
+    """Shares of the kernels in the time of `events`, by the operator that ran, largest first."""
+    spent: defaultdict[str, float] = defaultdict(float)
+    for event in events:
+        if event.op not in _OWNERS:
+            spent[event.op] += event.microseconds
+    total = sum(spent.values()) or 1.0
+    return _largest_first({op: microseconds / total for op, microseconds in spent.items()}, total_ms)
+
+
+def by_layer(times: Iterable[NodeTime], graph: GraphProto, total_ms: float) -> tuple[TimeShare, ...]:
+    """Shares of the user's layers, largest first: the stages of a chain count for the layer it replaced."""
+    layers = {node.name or node.output[0]: layer_name(node) for node in _nodes(graph) if node.name or node.output}
+    shares: defaultdict[str, float] = defaultdict(float)
+    for entry in times:
+        shares[layers.get(entry.node, entry.node)] += entry.share
+    return _largest_first(shares, total_ms)
+
+
+def changes(before: Iterable[TimeShare], after: Iterable[TimeShare]) -> tuple[Change, ...]:
+    """Two models side by side, by name: what took longest before first, then what only the second one has."""
+    old, new = ({entry.name: entry for entry in entries} for entries in (before, after))
+    return tuple(_change(name, old.get(name), new.get(name)) for name in dict.fromkeys((*old, *new)))
 
 
 def name_nodes(graph: GraphProto) -> None:
@@ -83,3 +98,19 @@ def _nodes(graph: GraphProto) -> Iterator[NodeProto]:
         for holder in node.attribute:
             for body in (*([holder.g] if holder.HasField("g") else []), *holder.graphs):
                 yield from _nodes(body)
+
+
+def _largest_first(shares: Mapping[str, float], total_ms: float) -> tuple[TimeShare, ...]:
+    ordered = sorted(shares, key=lambda name: -shares[name])
+    return tuple(TimeShare(name, shares[name], shares[name] * total_ms) for name in ordered)
+
+
+def _change(name: str, old: TimeShare | None, new: TimeShare | None) -> Change:
+    return Change(
+        name=name,
+        before_ms=old.ms if old else None,
+        after_ms=new.ms if new else None,
+        before_share=old.share if old else None,
+        after_share=new.share if new else None,
+        faster=old.ms / new.ms if old and new and new.ms > 0 else None,
+    )
