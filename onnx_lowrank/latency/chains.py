@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 _UNTIL = Until(rounds=9, half_width=0.02, most=21, sample_s=0.001, resting=True)
 _BUDGET_S = 1.0  # of each chain; an eighth at most warms up
+ANCHORS, ANCHOR_S = 4, 6.0  # layers timed again to see how the machine has changed, and the time for it
 OPEN_BYTES = 256 << 20  # weights of sessions held open at once; onnxruntime keeps about twice as much
 
 
@@ -77,6 +78,10 @@ class Pricer(Protocol):
 
     def price(self, jobs: Sequence[Job], progress: Progress | None = None) -> list[float | None]:
         """Milliseconds per run of the model for each job, None for a chain without a price."""
+        ...
+
+    def drift(self, layers: Sequence[Layer], model: Subject, model_ms: float) -> float:
+        """Latency of layers now over that in the table, where the model they are from takes `model_ms`."""
         ...
 
 
@@ -137,6 +142,29 @@ class ChainTimer:
             if progress is not None:
                 progress(len(known), len(unique))
         return [total([(piece.site.count, known[piece.key]) for piece in row]) for row in pieces]
+
+    def drift(self, layers: Sequence[Layer], model: Subject, model_ms: float) -> float:
+        """Latency of layers now over that in the table: by the costliest few, in turns with the model they are from.
+
+        Args:
+            layers: Priced ones.
+            model: The whole model.
+            model_ms: Its latency, on the scale that prices are wanted on.
+
+        Returns:
+            1 where nothing can be said.
+        """
+        costs = dict(zip([layer.key for layer in layers], self.price([Job(layer) for layer in layers]), strict=True))
+        costly = sorted(layers, key=lambda layer: costs[layer.key] or 0.0)[-ANCHORS:]
+        before = sum(costs[layer.key] or 0.0 for layer in costly)
+        pieces = [self._piece(Job(layer), site) for layer in costly for site in layer.sites]
+        until = replace(_UNTIL, budget_s=ANCHOR_S, resting=False)
+        subjects = [model, *(self._subject(piece) for piece in pieces)]
+        found = self._child.contest(Contest(subjects, until, self._clock))
+        if found.paired is None or found.refused or before <= 0:
+            return 1.0
+        shares = zip(pieces, found.paired.ratios[1:], strict=True)
+        return sum(piece.site.count / ratio for piece, ratio in shares) * model_ms / before
 
     def _piece(self, job: Job, site: Site) -> _Piece:
         return _Piece(chain_key(job.layer, job.chain, site), job, site)

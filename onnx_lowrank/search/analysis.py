@@ -116,11 +116,20 @@ def analyse(
             both = [(ready.original, f"original {source.path.name}"), (ready.normalized, "normalized")]
             remember_models(ready.racer, both, baseline)
         allocator = ALLOCATORS[settings.allocator]
-        prediction = Prediction(rows, baseline.timings[1].median_ms)
+        prediction = _prediction(rows, baseline.timings[1].median_ms, ready, timer)
         parts = (bench, prediction, baseline, allocator, ready.original, ready.normalized, plan_of, error_of)
         loop = Foresight(*parts, planned_for=there.label) if there else Loop(*parts)
         outcome = loop.run(settings.goal, *totals(settings, found, rows, source.graph))
     return Analysis(source, ready, rows, bench, timer, outcome)
+
+
+def _prediction(rows: Sequence[Row], normalized_ms: float, ready: Prepared, timer: Pricer) -> Prediction:
+    """The priced table, on the scale of the normalized model's latency as it is now."""
+    priced = [row.layer for row in rows if row.factorable and row.keep.ms]
+    model = ready.racer.subject(ready.normalized)
+    drift = timer.drift(priced, model, normalized_ms) if priced and model is not None else 1.0
+    logger.info("layers take %.3f times what the latency table says", drift)
+    return Prediction(rows, normalized_ms, drift)
 
 
 def _plan(source: Source, ready: Prepared, chosen: Sequence[Candidate], fit: str) -> Plan:

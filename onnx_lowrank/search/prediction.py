@@ -1,9 +1,10 @@
 """Predicted latency of a choice, and the correction that measured models teach it.
 
-    t(choice) = t_normalized + sum over rewritten layers (kappa t_chain - t_layer)
+    t(choice) = t_normalized + drift * sum over rewritten layers (kappa t_chain - t_layer)
 
 with chains and layers timed alone. Chains timed alone look too fast where the whole model runs out of cache, so kappa,
-1 at first, is solved for after every finished model and the allocation is done again with it.
+1 at first, is solved for after every finished model and the allocation is done again with it. Chains may have been
+timed when the machine was faster or slower than it is now: drift says by how much.
 """
 
 from __future__ import annotations
@@ -27,24 +28,26 @@ class Prediction:
     Args:
         rows: The priced table.
         normalized_ms: Measured latency of the model before factorization.
+        drift: Latency of layers now over that in the table.
         kappa: Correction of chain latencies.
     """
 
     rows: Sequence[Row]
     normalized_ms: float
+    drift: float = 1.0
     kappa: float = 1.0
 
     def ms(self, chosen: Sequence[Candidate]) -> float:
         """Predicted latency of the model."""
         gain, chains = self._sums(chosen)
-        return self.normalized_ms - gain + self.kappa * chains
+        return self.normalized_ms - self.drift * (gain - self.kappa * chains)
 
     def learned(self, chosen: Sequence[Candidate], measured_ms: float) -> Prediction:
         """With kappa such that the prediction of `chosen` would have been right."""
         gain, chains = self._sums(chosen)
         if chains <= 0:
             return self
-        kappa = (measured_ms - self.normalized_ms + gain) / chains
+        kappa = ((measured_ms - self.normalized_ms) / self.drift + gain) / chains
         return replace(self, kappa=min(max(kappa, KAPPA_RANGE[0]), KAPPA_RANGE[1]))
 
     def problem(self, wanted: float) -> Problem:
@@ -55,7 +58,7 @@ class Prediction:
         factorable = [row for row in self.rows if row.factorable]
         options = tuple(self._faster(row) for row in factorable)
         dense = sum(row.keep.cost("ms") for row in factorable)
-        return Problem(options, "ms", wanted - self.normalized_ms + dense)
+        return Problem(options, "ms", (wanted - self.normalized_ms) / self.drift + dense)
 
     def fastest_ms(self) -> float:
         """Predicted latency when every layer takes its fastest option."""

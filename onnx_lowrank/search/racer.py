@@ -11,7 +11,9 @@ import numpy as np
 
 from onnx_lowrank.graph import io, twin
 from onnx_lowrank.graph.model import Graph
+from onnx_lowrank.graph.size import LARGE_BYTES, file_bytes
 from onnx_lowrank.latency.measure import Paired
+from onnx_lowrank.latency.messages import Subject, Weighted
 from onnx_lowrank.latency.race import race
 from onnx_lowrank.signature import Feeds
 from onnx_lowrank.target import Target
@@ -76,10 +78,19 @@ class Racer:
     def race(self, contestants: Sequence[Contestant], seconds: float | None = None) -> Paired:
         """Run the contestants in turns on every sample; milliseconds are weighted over the samples."""
         entries = [(self.runnable(contestant.path), contestant.level) for contestant in contestants]
-        weighted = [(self.fed(sample), sample.weight) for sample in self.samples]
-        timed = race(entries, self.target, weighted, seconds or self.seconds)
+        timed = race(entries, self.target, self._weighted(), seconds or self.seconds)
         self.cores = timed.cores
         return timed
+
+    def subject(self, contestant: Contestant) -> Subject | None:
+        """A contestant to be timed beside chains; None where it is too large for that."""
+        path = self.runnable(contestant.path)
+        if file_bytes(path) > LARGE_BYTES:
+            return None
+        return Subject(path.absolute(), contestant.level, self.target, self._weighted())
+
+    def _weighted(self) -> list[Weighted]:
+        return [(self.fed(sample), sample.weight) for sample in self.samples]
 
     def runnable(self, path: Path) -> Path:
         """The file itself, or its float32 twin where the element types have no kernels."""
