@@ -24,6 +24,7 @@ from onnx_lowrank.pass_manager import PassManager
 from onnx_lowrank.passes.factor import Factor
 from onnx_lowrank.plan import DATA_FREE, REFIT, Plan
 from onnx_lowrank.progress import Phases
+from onnx_lowrank.providers import require_provider
 from onnx_lowrank.refit import arrays, chosen_layers, refit
 from onnx_lowrank.report.assemble import assemble
 from onnx_lowrank.report.model import Report
@@ -67,6 +68,7 @@ def optimize(
     settings, phases = settings or Settings(), phases or Phases()
     for path in (out, *beside):
         check_paths(path, model, settings.calibration, settings.eval)
+    require_provider(settings.target)
     with phases.phase("read"):
         source = _read(model, settings)
         for path in (out, *beside):
@@ -99,6 +101,7 @@ def plan(
         InputError: for input that cannot be used.
     """
     settings, phases = settings or Settings(), phases or Phases()
+    require_provider(settings.target)
     with phases.phase("read"):
         source = _read(Path(model), settings)
         for path in beside:

@@ -25,6 +25,7 @@ from onnx_lowrank.graph.size import file_bytes
 from onnx_lowrank.latency.measure import Interval, Paired
 from onnx_lowrank.latency.race import Weighted, race
 from onnx_lowrank.layer import Shape
+from onnx_lowrank.placement import Placement
 from onnx_lowrank.runtime import open_session
 from onnx_lowrank.signature import Feeds, index_bounds, signature_of
 from onnx_lowrank.synthetic import resolve_shapes, synthetic_feeds
@@ -50,6 +51,7 @@ class ModelProfile:
         ratio_ci95: Bootstrap interval of it.
         nodes: Largest share first.
         shapes: Of the inputs, by name.
+        placement: Which provider runs which operators, most nodes first; empty where onnxruntime cannot tell.
     """
 
     path: str
@@ -62,6 +64,7 @@ class ModelProfile:
     ratio_ci95: Interval
     nodes: tuple[NodeTime, ...]
     shapes: Mapping[str, Shape]
+    placement: tuple[Placement, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,8 @@ def render(result: Profile, console: Console, nodes: int = 10) -> None:
         sizes = (_sizes(model),) if several else ()
         table.add_row(Path(model.path).name, *sizes, model.level, *numbers, f"{model.size_bytes / 1e6:.2f}")
     console.print(table)
+    if result.provider != "cpu":
+        console.print(_placement_table(result))
     for model in result.models:
         where = f" at {_sizes(model)}" if several else ""
         shares = Table(title=f"where the time goes: {Path(model.path).name}{where}")
@@ -166,6 +171,19 @@ def render(result: Profile, console: Console, nodes: int = 10) -> None:
         console.print("The machine was busy: the ratios scatter or drift. Time again on a quieter one.")
 
 
+def _placement_table(result: Profile) -> Table:
+    table = Table(title="where it runs")
+    for heading in ("model", "provider", "nodes", "operators"):
+        table.add_column(heading, justify="right" if heading == "nodes" else "left", overflow="fold")
+    for path, rows in {model.path: model.placement for model in result.models}.items():
+        for row in rows:
+            listed = ", ".join(f"{count} {op}" for op, count in row.operators.items())
+            table.add_row(Path(path).name, row.provider, str(row.nodes), listed)
+        if not rows:
+            table.add_row(Path(path).name, "unknown: onnxruntime before 1.24 does not tell", "", "")
+    return table
+
+
 def _sizes(model: ModelProfile) -> str:
     return " ".join(f"{name}={'x'.join(map(str, shape)) or 'scalar'}" for name, shape in model.shapes.items())
 
@@ -177,6 +195,7 @@ class _Opened:
     path: Path
     level: str
     load_s: float
+    placement: tuple[Placement, ...]
 
 
 def _drawn(path: Path, target: Target) -> tuple[Sequence[Weighted], tuple[str, ...]]:
@@ -195,8 +214,8 @@ def _at_best(path: Path, target: Target, samples: Sequence[Weighted]) -> _Opened
         ratios = race([(path, each) for each in target.levels], target, samples, _LEVEL_S).ratios
         level = target.levels[int(np.argmax(ratios))]
     start = time.perf_counter()
-    open_session(path, target, level)
-    return _Opened(path, level, time.perf_counter() - start)
+    session = open_session(path, target, level)
+    return _Opened(path, level, time.perf_counter() - start, session.placement())
 
 
 def _model_profile(opened: _Opened, feeds: Feeds, result: Paired, index: int, target: Target) -> ModelProfile:
@@ -212,6 +231,7 @@ def _model_profile(opened: _Opened, feeds: Feeds, result: Paired, index: int, ta
         ratio_ci95=result.ci95[index],
         nodes=_node_times(opened, feeds, target),
         shapes={name: array.shape for name, array in feeds.items()},
+        placement=opened.placement,
     )
 
 

@@ -15,7 +15,8 @@ from onnx_lowrank.errors import ProviderError
 from onnx_lowrank.goals import KeepMacs
 from onnx_lowrank.latency.machine import accelerator, fingerprint
 from onnx_lowrank.pipeline import optimize
-from onnx_lowrank.runtime import open_session, provider_reason
+from onnx_lowrank.providers import provider_reason
+from onnx_lowrank.runtime import open_session
 from onnx_lowrank.settings import Settings
 from onnx_lowrank.synthetic import synthetic_feeds
 from onnx_lowrank.target import CONV_SEARCHES, Target

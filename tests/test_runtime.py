@@ -14,11 +14,10 @@ from onnx_lowrank.errors import InputError, ProviderError
 from onnx_lowrank.graph.twin import fp32_feeds, fp32_twin
 from onnx_lowrank.layer import NodeShapes
 from onnx_lowrank.native_log import native_reason
+from onnx_lowrank.providers import available_providers, provider_reason
 from onnx_lowrank.runtime import (
     UnsupportedTypeError,
-    available_providers,
     open_session,
-    provider_reason,
     trace,
     versions,
 )

@@ -36,7 +36,7 @@ class Run(Protocol):
 
 
 class Clock(enum.Enum):
-    """What a second is: on the wall, or of this thread on the processor (single-threaded CPU sessions only)."""
+    """What a second is: on the wall, or of this thread on the processor (single-threaded sessions on the CPU only)."""
 
     WALL = "wall"
     CPU = "cpu"
@@ -91,7 +91,7 @@ class Paired:
 
 def steady_clock(target: Target) -> Clock:
     """The clock that other processes disturb least."""
-    return Clock.CPU if target.provider == "cpu" and target.threads == 1 else Clock.WALL
+    return Clock.CPU if target.in_calling_thread else Clock.WALL
 
 
 def paired(

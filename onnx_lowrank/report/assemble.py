@@ -87,7 +87,7 @@ def assemble(analysis: Analysis, settings: Settings, path: Path, phases: Phases)
             "cores": os.cpu_count(),
             "os": platform.platform(),
             "provider": settings.target.provider,
-            "provider_options": dict(settings.target.provider_options),
+            "provider_options": settings.target.options,
         },
         passes=tuple(
             {
