@@ -77,6 +77,7 @@ def measure(model: Path, places: list[Place], asked: argparse.Namespace, folder:
         "threads": places[0].threads,
         "environment": {name: report["environment"] for name, report in reports.items()},
         "reached": {name: report["goal"]["reached"] for name, report in reports.items()},
+        "relative_error": {name: report["fidelity"]["relative_error"] for name, report in reports.items()},
         "layers": _layers(reports),
         "speedups": {
             place.provider: {
@@ -120,6 +121,8 @@ def show(found: dict[str, Any], providers: list[str]) -> None:
     for name in providers:
         cells = "".join(f"{_ratio(found['speedups'][name][plan]):>28s}" for plan in providers)
         print(f"  timed on {name:12s} {found['original_ms'][name]:8.3f} ms      {cells}")
+    errors = "".join(f"{found['relative_error'][plan]:>28.3g}" for plan in providers)
+    print(f"  relative error of the outputs        {errors}")
     for name in providers:
         row = found["own_plan_over_other"][name]
         low, high = row["ci95"]
