@@ -4,7 +4,7 @@ python -m benchmarks.two_providers MODEL --openvino PYTHON [--goal speedup=1.5] 
 
 The model is optimized for both providers at the same goal. Each plan is realised, and the original and both results
 are timed in turns on both providers: a table of two plans by two providers. Beside it stand both latency tables, layer
-by layer. PYTHON is the interpreter of an environment with onnxruntime-openvino (`make openvino`); the CPU provider is
+by layer, and the error of each plan: two plans are rivals only where they damage the outputs alike. PYTHON is the interpreter of an environment with onnxruntime-openvino (`make openvino`); the CPU provider is
 the one of the interpreter that runs this.
 """
 
@@ -126,8 +126,8 @@ def show(found: dict[str, Any], providers: list[str]) -> None:
     for name in providers:
         row = found["own_plan_over_other"][name]
         low, high = row["ci95"]
-        verdict = "wins" if low > 1 else "loses" if high < 1 else "ties"
-        print(f"  on {name}, its own plan against the other one: {_ratio(row)}: it {verdict} at home")
+        verdict = "faster" if low > 1 else "slower" if high < 1 else "as fast"
+        print(f"  on {name}, its own plan against the other one: {_ratio(row)}: {verdict} at home")
 
 
 def _cell(entry: dict[str, Any]) -> str:

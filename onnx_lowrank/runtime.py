@@ -272,7 +272,7 @@ def _assigned(session: ort.InferenceSession) -> list[tuple[str, Label]] | None:
     return [(str(part.ep_name), (str(n.op_type), str(n.name))) for part in parts for n in part.get_nodes()]
 
 
-def _run_options(graph: int) -> ort.RunOptions:
+def _run_options(graph: int) -> Any:
     options = ort.RunOptions()
     options.add_run_config_entry("gpu_graph_id", str(graph))
     return options
