@@ -4,8 +4,9 @@ python -m benchmarks.two_providers MODEL --openvino PYTHON [--goal speedup=1.5] 
 
 The model is optimized for both providers at the same goal. Each plan is realised, and the original and both results
 are timed in turns on both providers: a table of two plans by two providers. Beside it stand both latency tables, layer
-by layer, and the error of each plan: two plans are rivals only where they damage the outputs alike. PYTHON is the interpreter of an environment with onnxruntime-openvino (`make openvino`); the CPU provider is
-the one of the interpreter that runs this.
+by layer, and the error of each plan: two plans are rivals only where they damage the outputs alike. PYTHON is the
+interpreter of an environment with onnxruntime-openvino (`make openvino`); the CPU provider is the one of the
+interpreter that runs this.
 """
 
 from __future__ import annotations
