@@ -4,14 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PYTEST_ARGS ?=
+OPENVINO := .venv-openvino
 
-.PHONY: help venv test demo lint clean
+.PHONY: help venv test demo lint openvino clean
 
 help:
 	@echo "make demo   set up, then optimize the model that ships with the package and show what was gained"
 	@echo "make test   set up, then run the tests (without GPU, model zoo and the minutes-long ones)"
 	@echo "make lint   set up, then check style, types and the import contracts"
 	@echo "make venv   set up only: a virtual environment in $(VENV)"
+	@echo "make openvino  a second environment, $(OPENVINO), with onnxruntime-openvino; runs the tests marked openvino"
 	@echo "make clean  remove $(VENV) and everything that was built"
 	@echo "Another interpreter: make PYTHON=python3.12 ..."
 
@@ -34,7 +36,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 test: $(INSTALLED)
 	@echo "Running the tests (a few minutes) ..."
-	@$(BIN)/pytest -m "not slow and not zoo and not cuda" --timeout 300 \
+	@$(BIN)/pytest -m "not slow and not zoo and not cuda and not openvino" --timeout 300 \
 		--cov --cov-report term $(PYTEST_ARGS)
 
 demo: $(INSTALLED)
@@ -50,6 +52,19 @@ lint: $(INSTALLED)
 	@echo "Checking that imports run downward only ..."
 	@$(BIN)/lint-imports --no-logo
 
+# onnxruntime-openvino is the same module as onnxruntime-gpu: it needs an environment of its own, and pip must not add
+# what pyproject.toml declares.
+$(OPENVINO)/.installed: benchmarks/openvino.txt pyproject.toml
+	@echo "Setting up a virtual environment with onnxruntime-openvino in $(OPENVINO) (about 700 MB) ..."
+	@$(PYTHON) -m venv $(OPENVINO)
+	@$(OPENVINO)/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/openvino.txt
+	@$(OPENVINO)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+openvino: $(INSTALLED) $(OPENVINO)/.installed
+	@echo "Running the tests that need OpenVINO ..."
+	@ONNX_LOWRANK_OPENVINO_PYTHON=$(OPENVINO)/bin/python $(BIN)/pytest -m openvino -rs $(PYTEST_ARGS)
+
 clean:
-	@echo "Removing $(VENV), builds and caches ..."
-	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache .coverage .coverage.*
+	@echo "Removing $(VENV), $(OPENVINO), builds and caches ..."
+	@rm -rf $(VENV) $(OPENVINO) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache .coverage .coverage.*

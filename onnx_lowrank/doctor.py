@@ -6,6 +6,7 @@ import importlib.util
 import os
 import sys
 import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Literal
@@ -18,11 +19,22 @@ from onnx_lowrank.latency.circumstances import Circumstances
 from onnx_lowrank.latency.grid import known_block
 from onnx_lowrank.latency.machine import accelerator, processor
 from onnx_lowrank.latency.table import LatencyTable, cache_folder
-from onnx_lowrank.runtime import listed_providers, provider_reason, versions
+from onnx_lowrank.providers import provider_reason
+from onnx_lowrank.runtime import listed_providers, versions
 from onnx_lowrank.target import Target
 
 State = Literal["ok", "warning", "error"]
 _OLDEST_PYTHON = (3, 11)
+_NVIDIA = "it needs an NVIDIA GPU with its driver, and the libraries of pip install 'onnxruntime-gpu[cuda,cudnn]'"
+_REMEDIES = {"cuda": _NVIDIA, "tensorrt": f"{_NVIDIA}, and TensorRT: pip install tensorrt"}
+_BUILDS = {
+    "cuda": "onnxruntime-gpu",
+    "tensorrt": "onnxruntime-gpu",
+    "openvino": "onnxruntime-openvino",
+    "directml": "onnxruntime-directml (Windows)",
+    "coreml": "onnxruntime (macOS)",
+    "xnnpack": "onnxruntime built with --use_xnnpack",
+}
 _STYLES = {"ok": "green", "warning": "yellow", "error": "red"}
 
 
@@ -42,6 +54,7 @@ def diagnose() -> list[Finding]:
         *(Finding(name, "ok", version) for name, version in versions().items() if name != "python"),
         runtime_mixture(_installed_runtimes()),
         *map(_provider, listed_providers()),
+        missing_providers(listed_providers()),
         _cpu(),
         Finding("accelerator", "ok", accelerator() or "none that nvidia-smi knows of"),
         Finding("threads", "ok", f"{Target().threads} of {os.cpu_count()} cores may be used"),
@@ -95,7 +108,18 @@ def _provider(name: str) -> Finding:
     reason = provider_reason(name)
     if reason is None:
         return Finding(f"provider {name}", "ok", "loads and runs")
-    return Finding(f"provider {name}", "warning", f"does not load: {reason}")
+    remedy = f"; {_REMEDIES[name]}" if name in _REMEDIES else ""
+    return Finding(f"provider {name}", "warning", f"does not load: {reason}{remedy}")
+
+
+def missing_providers(listed: Collection[str]) -> Finding:
+    """Say what brings the providers this build of onnxruntime lacks; a build brings one family only.
+
+    Args:
+        listed: Short names of those it has.
+    """
+    builds = [f"{name}: {build}" for name, build in _BUILDS.items() if name not in listed]
+    return Finding("other providers", "ok", "; ".join(builds) or "this build has all of them")
 
 
 def _cpu() -> Finding:

@@ -18,6 +18,7 @@ from onnx_lowrank.latency.table import LatencyTable
 from onnx_lowrank.layer import Kept, Layer
 from onnx_lowrank.linalg import spectrum
 from onnx_lowrank.progress import Phases
+from onnx_lowrank.providers import require_provider
 from onnx_lowrank.search.prepare import prepare
 from onnx_lowrank.search.source import read_source
 from onnx_lowrank.settings import Settings
@@ -65,6 +66,7 @@ def inspect(model: Path | str, settings: Settings | None = None, phases: Phases 
         InputError: if the model or the data cannot be used.
     """
     settings, phases = settings or Settings(), phases or Phases()
+    require_provider(settings.target)
     with phases.phase("read"):
         source = read_source(Path(model), settings.calibration, preprocess=settings.preprocess)
     with tempfile.TemporaryDirectory(prefix="onnx-lowrank-") as folder:

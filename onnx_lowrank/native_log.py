@@ -16,6 +16,8 @@ def native_reason(error: Exception | str) -> str:
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     if missing := re.search(r"with error: (.+)", text):
         return missing[1].strip()
+    if told := re.search(r"\[ERROR\] (?:\[OpenVINO[\w-]*\] )?(.+)", text):
+        return told[1].strip()
     text = re.sub(r"\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
     text = re.sub(r"^\S+ \S+ \[\w:onnxruntime:[^\]]*\] ", "", text)
     text = re.sub(r"^/\S+:\d+ .*?\) (?=[A-Z])", "", text)

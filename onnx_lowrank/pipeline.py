@@ -25,6 +25,7 @@ from onnx_lowrank.pass_manager import PassManager
 from onnx_lowrank.passes.factor import Factor
 from onnx_lowrank.plan import DATA_FREE, REFIT, Plan
 from onnx_lowrank.progress import Phases
+from onnx_lowrank.providers import require_provider
 from onnx_lowrank.refit import arrays, chosen_layers, refit
 from onnx_lowrank.report.assemble import assemble
 from onnx_lowrank.report.model import Report
@@ -69,6 +70,7 @@ def optimize(
     settings, phases = settings or Settings(), phases or Phases()
     for path in (out, *beside):
         check_paths(path, model, settings.calibration, settings.eval)
+    require_provider(settings.target)
     with phases.phase("read"):
         source = _read(model, settings)
         for path in (out, *beside):
@@ -104,7 +106,9 @@ def plan(
         InputError: for input that cannot be used.
     """
     settings, phases = settings or Settings(), phases or Phases()
-    if there is not None:
+    if there is None:
+        require_provider(settings.target)
+    else:
         if isinstance(settings.goal, KeepMacs | KeepParams):
             got, do = f"--{settings.goal} for {there.source}", "leave --table and --device out"
             raise InputError(got, "a goal that time decides", f"no latency decides a goal of size: {do}")

@@ -1,4 +1,4 @@
-"""What keeps a run from its provider: one that does not load, or nodes that ended elsewhere.
+"""Where nodes run, and what keeps a run from its provider: one that does not load, or nodes that ended elsewhere.
 
 A strict run on an accelerator tolerates nodes on the CPU that compute shapes, and no others. onnxruntime itself keeps
 small integer computations that follow a Shape there, because their results are needed there (GetCpuPreferredNodes). A
@@ -8,8 +8,12 @@ then it never touches an activation.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
+import onnx
 from onnx import GraphProto, ModelProto
 
 from onnx_lowrank.errors import ProviderError
@@ -20,6 +24,64 @@ Label = tuple[str, str]
 _SOURCES = frozenset({"Shape", "Size", "Constant"})
 _COMPUTE = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "LSTM", "GRU", "RNN"})
 _COUNTERS = 2  # a Loop body's first inputs: iteration number and condition
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What one provider runs of a model.
+
+    Args:
+        provider: Onnxruntime's name.
+        nodes: How many, as onnxruntime shared them out: after constants were folded, before it fused what it got.
+        operators: How many of each, most frequent first.
+    """
+
+    provider: str
+    nodes: int
+    operators: dict[str, int]
+
+
+def placements(assigned: Iterable[tuple[str, Label]]) -> tuple[Placement, ...]:
+    """Nodes counted by provider and operator, most nodes first.
+
+    Args:
+        assigned: Provider, and (operator, name), of every node.
+    """
+    counts: dict[str, Counter[str]] = {}
+    for provider, (op, _) in assigned:
+        counts.setdefault(provider, Counter())[op] += 1
+    rows = [Placement(name, ops.total(), dict(ops.most_common())) for name, ops in counts.items()]
+    return tuple(sorted(rows, key=lambda row: -row.nodes))
+
+
+def check_placement(
+    assigned: Sequence[tuple[str, Label]] | None, model: Path | bytes, target: Target, version: str
+) -> tuple[str, ...]:
+    """Check that a session runs on its provider, computations of shapes excepted.
+
+    Args:
+        assigned: Provider, and (operator, name), of every node; None where onnxruntime does not tell.
+        model: As it was opened.
+        target: The provider.
+        version: Of onnxruntime.
+
+    Returns:
+        The nodes that run elsewhere, in words.
+
+    Raises:
+        ProviderError: if others do, or nobody can tell.
+    """
+    if assigned is None:
+        raise ProviderError(
+            f"onnxruntime {version}, which does not say which nodes {target.provider} takes",
+            "onnxruntime 1.24 or newer for a strict run",
+            "install one, or go without the check with --allow-fallback",
+        )
+    elsewhere = [label for name, label in assigned if name != target.provider_name]
+    if not elsewhere:
+        return ()
+    proto = onnx.load(model, load_external_data=False) if isinstance(model, Path) else onnx.load_from_string(model)
+    return shapes_only(elsewhere, proto, target)
 
 
 def shapes_only(elsewhere: Iterable[Label], model: ModelProto, target: Target) -> tuple[str, ...]:
@@ -58,6 +120,41 @@ def unloadable(target: Target, reason: str) -> ProviderError:
         f"a working {target.provider_name}",
         "install what it needs (onnx-lowrank doctor says more), or choose another provider",
     )
+
+
+def check_options(target: Target, known: Collection[str]) -> None:
+    """Refuse provider options that the opened provider did not take.
+
+    Args:
+        target: With the options.
+        known: Those the provider lists. OpenVINO lists none and refuses unknown ones itself, as it loads.
+
+    Raises:
+        ProviderError: naming the option.
+    """
+    unknown = set(target.options) - set(known)
+    if unknown and (known or target.provider == "cpu"):
+        listed = ", ".join(sorted(known)) or "none: it has no options"
+        raise ProviderError(
+            f"unknown option {', '.join(sorted(unknown))} of provider {target.provider}", listed, "correct it"
+        )
+
+
+def check_capturable(without_room: Collection[str]) -> None:
+    """Refuse a CUDA graph of a model whose outputs have no memory of their own: a replay writes where the capture did.
+
+    Args:
+        without_room: Outputs that are allocated anew in every run.
+
+    Raises:
+        ProviderError: naming them.
+    """
+    if without_room:
+        raise ProviderError(
+            f"a CUDA graph of a model whose outputs {', '.join(without_room)} have another shape than declared",
+            "outputs of fixed shape, which a replay can write to",
+            "leave out enable_cuda_graph, or give --shape",
+        )
 
 
 def _graphs(model: ModelProto) -> Iterator[GraphProto]:

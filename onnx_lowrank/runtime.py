@@ -8,28 +8,35 @@ every node are compared with the target first.
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
+import itertools
 import platform
 import tempfile
 import time
 from collections.abc import Generator, Mapping, Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-import onnx
 import onnxruntime as ort
 import onnxruntime.capi.onnxruntime_pybind11_state as ort_state
 from numpy.typing import NDArray
-from onnx import TensorProto, parser
+from onnx import TensorProto
 
 from onnx_lowrank.errors import InputError, ProviderError
 from onnx_lowrank.kernel_trace import KernelEvent, read_events, shapes_by_node
 from onnx_lowrank.layer import NodeShapes
 from onnx_lowrank.native_log import captured_stderr, native_reason
-from onnx_lowrank.placement import shapes_only, unloadable
+from onnx_lowrank.placement import (
+    Label,
+    Placement,
+    check_capturable,
+    check_options,
+    check_placement,
+    placements,
+    unloadable,
+)
 from onnx_lowrank.signature import Feeds, Signature, TensorSpec, parsed_spec
 from onnx_lowrank.target import PROVIDERS, Target
 
@@ -49,7 +56,8 @@ _ERRORS: tuple[type[Exception], ...] = (  # onnxruntime's own exceptions share n
     *(ort_state.EPFail, ort_state.Fail, ort_state.InvalidArgument, ort_state.InvalidGraph, ort_state.InvalidProtobuf),
     *(ort_state.NoSuchFile, ort_state.NotImplemented, ort_state.RuntimeException, RuntimeError, ValueError),
 )
-_PROBE = parser.parse_model('<ir_version: 7, opset_import: ["": 13]> one (float[1] x) => (float[1] y) { y = Relu(x) }')
+_NO_GRAPH = -1  # this run is neither captured nor replayed, whatever the provider's options
+_GRAPHS = itertools.count(1)
 
 
 class UnsupportedTypeError(ProviderError):
@@ -59,11 +67,12 @@ class UnsupportedTypeError(ProviderError):
 class BoundRun:
     """A session with its inputs and outputs bound to memory on the device, ready to be timed again and again."""
 
-    def __init__(self, session: ort.InferenceSession, feeds: Feeds, device: tuple[str, int]) -> None:
-        self._session, self._binding, self._device = session, session.io_binding(), device
+    def __init__(self, session: ort.InferenceSession, feeds: Feeds, target: Target) -> None:
+        self._session, self._binding, self._device = session, session.io_binding(), target.device
+        self._options = _run_options(_NO_GRAPH)
         self._inputs = {
             # Text stays on the host: devices have no strings.
-            name: ort.OrtValue.ortvalue_from_numpy(array, *(device if array.dtype.kind not in "OUS" else ("cpu", 0)))
+            name: ort.OrtValue.ortvalue_from_numpy(array, *(("cpu", 0) if array.dtype.kind in "OUS" else target.device))
             for name, array in feeds.items()
         }
         for name, value in self._inputs.items():
@@ -78,13 +87,17 @@ class BoundRun:
             if plain and spec.fits(value.shape()):
                 self._binding.bind_ortvalue_output(spec.name, value)
                 self._without_room.remove(spec.name)
+        if target.captures_graph:
+            check_capturable(self._without_room)
+            self._options = _run_options(next(_GRAPHS))
+            self.seconds()
 
     def seconds(self) -> float:
         """Run once; wall clock until the outputs are complete."""
         for name in self._without_room:
             self._binding.bind_output(name, *self._device)
         start = time.perf_counter()
-        self._session.run_with_iobinding(self._binding)
+        self._session.run_with_iobinding(self._binding, self._options)
         self._binding.synchronize_outputs()
         return time.perf_counter() - start
 
@@ -107,7 +120,7 @@ class Session:
             InputError: if the feeds do not fit the signature or the model fails on them.
         """
         with self._running():
-            outputs = cast(list[NDArray[Any]], self._session.run(None, dict(feeds)))
+            outputs = cast(list[NDArray[Any]], self._session.run(None, dict(feeds), _run_options(_NO_GRAPH)))
         return {value.name: output for value, output in zip(self.signature.outputs, outputs, strict=True)}
 
     def bind(self, feeds: Feeds) -> BoundRun:
@@ -117,12 +130,16 @@ class Session:
             InputError: as for `run`.
         """
         with self._running():
-            return BoundRun(self._session, feeds, self.target.device)
+            return BoundRun(self._session, feeds, self.target)
 
     def time(self, feeds: Feeds, repeats: int) -> list[float]:
         """Seconds of each of `repeats` runs after one that is not counted; no copies from or to the host inside."""
         bound = self.bind(feeds)
         return [bound.seconds() for _ in range(repeats)]
+
+    def placement(self) -> tuple[Placement, ...]:
+        """Which provider took which operators, most nodes first; empty where onnxruntime cannot tell."""
+        return placements(_assigned(self._session) or ())
 
     def profile_events(self) -> list[KernelEvent]:
         """Every kernel run so far, nested bodies included; ends profiling. For sessions opened with `profile_to`."""
@@ -169,7 +186,8 @@ def trace(model: Path | bytes, feeds: Feeds, target: Target) -> dict[str, list[N
     Args:
         model: As for `open_session`; nodes without a name, or sharing one, cannot be told apart: name them first.
         feeds: One sample.
-        target: Where to run; nodes of a non-CPU target may fall back, shapes do not depend on it.
+        target: Where to run. Nodes may fall back, and a provider that compiles subgraphs, whose nodes no profile names,
+            gives way to the CPU: shapes depend on neither.
 
     Returns:
         Node name -> its distinct sets of shapes with the number of runs that had them. Input shapes leave out optional
@@ -178,33 +196,18 @@ def trace(model: Path | bytes, feeds: Feeds, target: Target) -> dict[str, list[N
     Raises:
         InputError, UnsupportedTypeError, ProviderError: as for `open_session` and `Session.run`.
     """
+    target = Target(threads=target.threads) if target.compiles else replace(target, allow_fallback=True)
     with tempfile.TemporaryDirectory(prefix="onnx-lowrank-") as folder:
         # A prepacked weight is released and would be missing from the shapes.
-        session = _open(model, target, "none", Path(folder), {"session.disable_prepacking": "1"}, placement=False)
+        session = _open(model, target, "none", Path(folder), {"session.disable_prepacking": "1"})
         session.run(feeds)
         return shapes_by_node(session.profile_events())
-
-
-def available_providers() -> tuple[str, ...]:
-    """Short names of the providers that load on this machine; that a wheel lists a provider means nothing."""
-    return tuple(name for name in listed_providers() if provider_reason(name) is None)
 
 
 def listed_providers() -> tuple[str, ...]:
     """Short names of the providers that the installed onnxruntime was built with."""
     listed = set(ort.get_available_providers())
     return tuple(short for short, name in PROVIDERS.items() if name in listed)
-
-
-@functools.cache
-def provider_reason(provider: str) -> str | None:
-    """Why `provider` cannot load here, or None if it does; asked by running a model of one node."""
-    try:
-        session = open_session(_PROBE.SerializeToString(), Target(provider, threads=1, allow_fallback=True))
-        session.run({"x": np.ones(1, np.float32)})
-    except (ProviderError, InputError) as error:
-        return error.got.partition(" (")[2].removesuffix(")") or error.got
-    return None
 
 
 def versions() -> dict[str, str]:
@@ -222,8 +225,6 @@ def _open(
     level: str,
     profile_to: Path | None,
     config: Mapping[str, str],
-    *,
-    placement: bool = True,
 ) -> Session:
     label = str(model) if isinstance(model, Path) else f"a model of {len(model)} bytes"
     options = _session_options(target, level, profile_to, config)
@@ -234,28 +235,25 @@ def _open(
     if target.provider in {"cuda", "tensorrt"} and hasattr(ort, "preload_dlls"):
         with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find; the session says it better
             ort.preload_dlls()
-    asked = [(name, dict(target.provider_options))] + ([("CPUExecutionProvider", {})] if foreign else [])
     with captured_stderr() if foreign else contextlib.nullcontext(lambda: "") as complaints:
         try:
             source = str(model) if isinstance(model, Path) else model
-            session = ort.InferenceSession(source, options, providers=asked, enable_fallback=0)
+            session = ort.InferenceSession(source, options, providers=target.providers, enable_fallback=0)
         except _ERRORS as error:
             raise _load_error(error, target, label) from error
         said = complaints()
     if session.get_providers()[0] != name:
         raise unloadable(target, said or "onnxruntime gives no reason")
-    if unknown := set(target.provider_options) - set(session.get_provider_options()[name]):
-        known = ", ".join(sorted(session.get_provider_options()[name])) or "none: it has no options"
-        raise ProviderError(
-            f"unknown option {', '.join(sorted(unknown))} of provider {target.provider}", known, "correct it"
-        )
-    on_host = _check_placement(session, target, model) if foreign and placement and not target.allow_fallback else ()
+    check_options(target, session.get_provider_options()[name])
+    strict = foreign and not target.allow_fallback
+    on_host = check_placement(_assigned(session), model, target, str(ort.__version__)) if strict else ()
     return Session(session, target, label, on_host)
 
 
 def _session_options(target: Target, level: str, profile_to: Path | None, config: Mapping[str, str]) -> Any:
     options = ort.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = target.threads, 1
+    options.intra_op_num_threads, options.inter_op_num_threads = target.host_threads, 1
+    options.enable_mem_pattern = target.provider != "directml"  # which refuses sessions that have it
     # Errors are raised as well as logged; only of a provider that does not load is the log the only trace.
     options.log_severity_level = 4 if target.provider == "cpu" else 3
     options.graph_optimization_level = _LEVELS[level]
@@ -266,15 +264,18 @@ def _session_options(target: Target, level: str, profile_to: Path | None, config
     return options
 
 
-def _check_placement(session: ort.InferenceSession, target: Target, model: Path | bytes) -> tuple[str, ...]:
-    if not hasattr(session, "get_provider_graph_assignment_info"):  # onnxruntime < 1.24
-        return ()
-    parts = [part for part in session.get_provider_graph_assignment_info() if part.ep_name != target.provider_name]
-    elsewhere = [(str(node.op_type), str(node.name)) for part in parts for node in part.get_nodes()]
-    if not elsewhere:
-        return ()
-    proto = onnx.load(model, load_external_data=False) if isinstance(model, Path) else onnx.load_from_string(model)
-    return shapes_only(elsewhere, proto, target)
+def _assigned(session: ort.InferenceSession) -> list[tuple[str, Label]] | None:
+    """Provider, operator and name of every node; None if this onnxruntime does not tell (older than 1.24)."""
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        return None
+    parts = session.get_provider_graph_assignment_info()
+    return [(str(part.ep_name), (str(n.op_type), str(n.name))) for part in parts for n in part.get_nodes()]
+
+
+def _run_options(graph: int) -> Any:
+    options = ort.RunOptions()
+    options.add_run_config_entry("gpu_graph_id", str(graph))
+    return options
 
 
 def _load_error(error: Exception, target: Target, label: str) -> InputError | ProviderError:

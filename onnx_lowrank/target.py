@@ -21,6 +21,8 @@ PROVIDERS = {
 }
 ALL_LEVELS = ("none", "basic", "extended", "all")
 LEVELS = ("all", "extended")  # worth trying
+# What is above "basic" rewrites the CPU and CUDA providers' own nodes only, and OpenVINO has taken all of them by then.
+PROVIDER_LEVELS = {"openvino": ("basic", "none")}
 # onnxruntime's CUDA provider picks cuDNN's convolution algorithms by rule or by trial; either may win by far (#22705).
 CONV_SEARCHES = ("HEURISTIC", "EXHAUSTIVE")
 
@@ -43,9 +45,9 @@ class Target:
     Args:
         provider: Short name, a key of `PROVIDERS`.
         threads: Intra-op threads; 0 means one per core this process may use.
-        levels: Graph optimization levels to try; the best one counts.
+        levels: Graph optimization levels to try, the best one counts; empty means those that differ on the provider.
         shapes: Sets of input shapes with weights; empty means: dynamic dimensions are filled with defaults and said so.
-        provider_options: Passed to onnxruntime as they are.
+        provider_options: Passed to onnxruntime as they are; see `options` for what is added.
         allow_fallback: Nodes may run on the CPU provider where the provider asked for cannot take them.
 
     Raises:
@@ -54,13 +56,13 @@ class Target:
 
     provider: str = "cpu"
     threads: int = 0
-    levels: tuple[str, ...] = LEVELS
+    levels: tuple[str, ...] = ()
     shapes: tuple[InputShapes, ...] = ()
     provider_options: dict[str, str] = field(default_factory=dict[str, str])
     allow_fallback: bool = False
 
     def __post_init__(self) -> None:
-        """Resolve the thread count and normalize the weights."""
+        """Resolve thread count and levels, and normalize the weights."""
         if self.provider not in PROVIDERS:
             known = ", ".join(PROVIDERS)
             raise InputError(f"--provider {self.provider}", f"one of {known}", "name one of these")
@@ -72,6 +74,8 @@ class Target:
                 "threads",
                 len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
             )
+        if not self.levels:
+            object.__setattr__(self, "levels", PROVIDER_LEVELS.get(self.provider, LEVELS))
         total = sum(entry.weight for entry in self.shapes)
         if self.shapes:
             normalized = tuple(InputShapes(entry.shapes, entry.weight / total) for entry in self.shapes)
@@ -86,6 +90,52 @@ class Target:
     def provider_name(self) -> str:
         """Onnxruntime's name of the provider."""
         return PROVIDERS[self.provider]
+
+    @property
+    def options(self) -> dict[str, str]:
+        """The provider options a session is opened with: those given, and what the provider needs to obey `threads`."""
+        match self.provider:
+            case "openvino":
+                # Said, so that the report does not depend on what the build takes by default.
+                device = {"device_type": "CPU", **self.provider_options}
+                own_pool = device["device_type"] == "CPU" and "load_config" not in device
+                return {"num_of_threads": str(self.threads), **device} if own_pool else device
+            case "xnnpack":
+                return {"intra_op_num_threads": str(self.threads), **self.provider_options}
+            case _:
+                return dict(self.provider_options)
+
+    @property
+    def providers(self) -> list[tuple[str, dict[str, str]]]:
+        """Names and options of the providers to ask for, in order; strictness is checked on the opened session."""
+        asked = [(self.provider_name, self.options)]
+        if self.provider == "tensorrt" and self.allow_fallback:
+            device = {name: value for name, value in self.provider_options.items() if name == "device_id"}
+            asked.append((PROVIDERS["cuda"], device))
+        return asked if self.provider == "cpu" else [*asked, (PROVIDERS["cpu"], {})]
+
+    @property
+    def host_threads(self) -> int:
+        """Threads of onnxruntime's own pool: one where the provider brings a pool, which that one would disturb."""
+        return 1 if self.provider in {"openvino", "xnnpack"} else self.threads
+
+    @property
+    def in_calling_thread(self) -> bool:
+        """Whether all the work of a run is done by the thread that asks for it."""
+        if self.provider == "openvino":
+            return self.options.get("num_of_threads") == "1" and self.options["device_type"] == "CPU"
+        return self.provider == "cpu" and self.threads == 1
+
+    @property
+    def captures_graph(self) -> bool:
+        """Whether runs are recorded once as a CUDA graph and replayed: on the same memory, for the same shapes."""
+        option = {"cuda": "enable_cuda_graph", "tensorrt": "trt_cuda_graph_enable"}.get(self.provider, "")
+        return self.provider_options.get(option, "0").lower() in {"1", "true"}
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the provider turns whole subgraphs into one node, so that a profile does not name what is in it."""
+        return self.provider not in {"cpu", "cuda"}
 
     @property
     def device(self) -> tuple[str, int]:

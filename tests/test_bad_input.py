@@ -19,7 +19,7 @@ from onnx import helper
 
 from onnx_lowrank.cli import run
 from onnx_lowrank.latency.table import CACHE_VARIABLE
-from onnx_lowrank.runtime import provider_reason
+from onnx_lowrank.providers import provider_reason
 
 pytestmark = pytest.mark.usefixtures("quick")
 CASES = {case.name: case for case in cases()}

@@ -15,7 +15,8 @@ from onnx_lowrank.errors import ProviderError
 from onnx_lowrank.goals import KeepMacs
 from onnx_lowrank.latency.machine import accelerator, fingerprint
 from onnx_lowrank.pipeline import optimize
-from onnx_lowrank.runtime import open_session, provider_reason
+from onnx_lowrank.providers import provider_reason
+from onnx_lowrank.runtime import open_session
 from onnx_lowrank.settings import Settings
 from onnx_lowrank.synthetic import synthetic_feeds
 from onnx_lowrank.target import CONV_SEARCHES, Target
@@ -61,6 +62,27 @@ def test_provider_options_are_taken_and_a_bound_run_is_timed(path: Path, search:
     session = open_session(path, Target("cuda", threads=1, provider_options={"cudnn_conv_algo_search": search}))
     feeds = synthetic_feeds(session.signature.inputs, {"x": (2, 8, 20, 20)}, seed=0)
     assert all(seconds > 0 for seconds in session.time(feeds, 3))
+
+
+def test_a_cuda_graph_is_replayed_for_each_shape_and_plain_runs_stay_right(path: Path) -> None:
+    session = open_session(path, Target("cuda", threads=1, provider_options={"enable_cuda_graph": "1"}))
+    host = open_session(path, Target("cpu", threads=1))
+    for seed, batch in enumerate((2, 3)):
+        feeds = synthetic_feeds(host.signature.inputs, {"x": (batch, 8, 20, 20)}, seed)
+        bound = session.bind(feeds)
+        assert all(bound.seconds() > 0 for _ in range(3))
+        wanted = host.run(feeds)["y"]
+        np.testing.assert_allclose(bound._binding.copy_outputs_to_cpu()[0], wanted, rtol=1e-2, atol=1e-3)
+        np.testing.assert_allclose(session.run(feeds)["y"], wanted, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("option", ["prefer_nhwc", "do_copy_in_default_stream", "use_tf32"])
+def test_options_that_change_speed_keep_the_numbers(path: Path, option: str) -> None:
+    host = open_session(path, Target("cpu", threads=1))
+    feeds = synthetic_feeds(host.signature.inputs, {"x": (2, 8, 20, 20)}, seed=0)
+    for given in ("0", "1"):
+        session = open_session(path, Target("cuda", threads=1, provider_options={option: given}))
+        np.testing.assert_allclose(session.run(feeds)["y"], host.run(feeds)["y"], rtol=1e-2, atol=1e-3)
 
 
 def test_a_model_validates_against_itself(path: Path) -> None:

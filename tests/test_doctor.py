@@ -10,7 +10,7 @@ from rich.console import Console
 from onnx_lowrank.doctor import Finding, diagnose, render, runtime_mixture
 from onnx_lowrank.latency.grid import channel_block
 from onnx_lowrank.latency.table import CACHE_VARIABLE, LatencyTable
-from onnx_lowrank.runtime import available_providers
+from onnx_lowrank.providers import available_providers
 from onnx_lowrank.target import Target
 
 

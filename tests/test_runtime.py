@@ -14,11 +14,10 @@ from onnx_lowrank.errors import InputError, ProviderError
 from onnx_lowrank.graph.twin import fp32_feeds, fp32_twin
 from onnx_lowrank.layer import NodeShapes
 from onnx_lowrank.native_log import native_reason
+from onnx_lowrank.providers import available_providers, provider_reason
 from onnx_lowrank.runtime import (
     UnsupportedTypeError,
-    available_providers,
     open_session,
-    provider_reason,
     trace,
     versions,
 )
@@ -176,6 +175,11 @@ def test_native_reason_strips_what_only_a_developer_reads():
         "libcublasLt.so.13: cannot open shared object file\n\x1b[m"
     )
     assert native_reason(log) == "libcublasLt.so.13: cannot open shared object file"
+    openvino = (
+        "\x1b[1;31m2026-01-01 00:00:00.1 [E:onnxruntime:Default, bridge.cc:1 Create] /src/factory.cc:141 std::string "
+        "ParseDeviceType(int) [ERROR] [OpenVINO] Device GPU is not available\n\x1b[m\n2026-01-01 00:00:00.2 [W:onn"
+    )
+    assert native_reason(openvino) == "Device GPU is not available"
     assert native_reason("[ONNXRuntimeError] : 2 : INVALID_ARGUMENT : Invalid\n model.") == "Invalid model."
 
 

@@ -18,5 +18,5 @@ def environment(target: Target) -> dict[str, object]:
         "cores": os.cpu_count(),
         "os": platform.platform(),
         "provider": target.provider,
-        "provider_options": dict(target.provider_options),
+        "provider_options": target.options,
     }

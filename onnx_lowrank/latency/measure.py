@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_lowrank.latency.estimate import Interval, Ratio, median_interval, ratio_of
-from onnx_lowrank.latency.turns import Clock, Run, clock_for, one_round, runs_per_sample, seconds, warm_up
+from onnx_lowrank.latency.turns import Clock, Run, one_round, runs_per_sample, seconds, warm_up
 from onnx_lowrank.target import Target
 
 # A measurement of which more than this share of the rounds was disturbed is called so.
@@ -115,7 +115,7 @@ class _Quiet:
 
 def steady_clock(target: Target) -> Clock:
     """The clock that other processes disturb least."""
-    return clock_for(target.provider, target.threads)
+    return Clock.CPU if target.in_calling_thread else Clock.WALL
 
 
 def in_turns(runs: Sequence[Run], until: Until, clock: Clock = Clock.WALL, witness: Witness | None = None) -> Paired:

@@ -23,6 +23,7 @@ from onnx_lowrank.kernel_trace import KernelEvent
 from onnx_lowrank.latency.environment import environment
 from onnx_lowrank.latency.measure import Paired
 from onnx_lowrank.latency.race import Weighted, race
+from onnx_lowrank.placement import Placement
 from onnx_lowrank.profile.attribution import attribute, by_layer, by_operator, changes, name_nodes
 from onnx_lowrank.profile.inputs import Inputs, drawn
 from onnx_lowrank.profile.memory import HOW, MemoryMeter
@@ -107,6 +108,7 @@ class _Opened:
     path: Path
     level: str
     load_s: float
+    placement: tuple[Placement, ...]
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,7 @@ class _Bench:
             rounds=result.rounds,
             clock=result.clock.value,
             disturbed=result.disturbed if len(result.timings) > 1 else _wide(result),
+            placement=opened.placement,
         )
 
 
@@ -199,8 +202,8 @@ def _at_best(path: Path, target: Target, samples: Sequence[Weighted]) -> _Opened
         ratios = race([(path, each) for each in target.levels], target, samples, _LEVEL_S).ratios
         level = target.levels[int(np.argmax(ratios))]
     start = time.perf_counter()
-    open_session(path, target, level)
-    return _Opened(path, level, time.perf_counter() - start)
+    session = open_session(path, target, level)
+    return _Opened(path, level, time.perf_counter() - start, session.placement())
 
 
 def _profiled(

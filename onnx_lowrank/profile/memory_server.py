@@ -12,7 +12,8 @@ from typing import BinaryIO
 
 from onnx_lowrank.errors import LowRankError
 from onnx_lowrank.profile.memory import FAILED, PEAK
-from onnx_lowrank.runtime import open_session, provider_reason
+from onnx_lowrank.providers import provider_reason
+from onnx_lowrank.runtime import open_session
 from onnx_lowrank.signature import Feeds
 from onnx_lowrank.target import Target
 

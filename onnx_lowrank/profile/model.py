@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 
 from onnx_lowrank.latency.measure import Interval
 from onnx_lowrank.layer import Shape
+from onnx_lowrank.placement import Placement
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class ModelProfile:
         rounds: Times the file was run.
         clock: What was read, "cpu" or "wall"; see `measure.Clock`.
         disturbed: The machine was too busy to trust this race.
+        placement: Which provider runs which operators, most nodes first; empty where onnxruntime cannot tell.
     """
 
     path: str
@@ -82,6 +84,7 @@ class ModelProfile:
     rounds: int
     clock: str
     disturbed: bool
+    placement: tuple[Placement, ...] = ()
 
 
 @dataclass(frozen=True)

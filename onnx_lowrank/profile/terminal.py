@@ -35,6 +35,10 @@ def render(result: Profile, console: Console, shown: int = 10) -> None:
         console.print(escape(title), highlight=False, soft_wrap=True, style="italic")
         console.print(table)
         console.print()
+    if result.provider != "cpu":
+        console.print("where it runs", highlight=False, style="italic")
+        console.print(_placement(result))
+        console.print()
     for line in _remarks(result, varying):
         console.print(escape(line), highlight=False, soft_wrap=True)
 
@@ -45,6 +49,19 @@ def _table(races: Sequence[Sequence[ModelProfile]], columns: Sequence[Column]) -
         table.add_column(heading, justify="right", overflow="fold")
     for row in (row for race in races for row in race):
         table.add_row(escape(Path(row.path).name), *(escape(text(row)) for _, text in columns))
+    return table
+
+
+def _placement(result: Profile) -> Table:
+    table = _empty("model")
+    for heading in ("provider", "nodes", "operators"):
+        table.add_column(heading, justify="right" if heading == "nodes" else "left", overflow="fold")
+    for path, rows in {model.path: model.placement for model in result.models}.items():
+        for row in rows:
+            listed = ", ".join(f"{count} {op}" for op, count in row.operators.items())
+            table.add_row(escape(Path(path).name), row.provider, str(row.nodes), escape(listed))
+        if not rows:
+            table.add_row(escape(Path(path).name), "unknown: onnxruntime before 1.24 does not tell", "", "")
     return table
 
 
