@@ -146,12 +146,15 @@ def analysed(goal: Goal, folder: Path, **options: Any) -> Analysis:
 def test_the_loop_measures_what_it_returns(tmp_path: Path) -> None:
     found = analysed(Speedup(1.02), tmp_path)
     best = found.outcome.best
-    assert best.race is not None
-    assert len(best.race.timings) == 3
+    if best.race is None:  # so small a model may gain nothing, beside other work on the machine
+        assert not any(candidate.chain for candidate in best.chosen)
+        assert "nothing was faster than keeping every layer" in found.outcome.reason
+    else:
+        assert len(best.race.timings) == 3
+        assert found.outcome.reached == (best.race.ratio(0, 2).low >= 0.98 * 1.02)
     assert best.loss == pytest.approx(sum(c.loss for c in best.chosen))
     assert [c.key for c in best.chosen] == [r.layer.key for r in found.rows if r.factorable]
     onnx.checker.check_model(str(best.path), full_check=True)
-    assert found.outcome.reached == (best.race.ratio(0, 2).low >= 0.98 * 1.02)
 
 
 def test_an_easy_latency_keeps_every_layer(tmp_path: Path) -> None:

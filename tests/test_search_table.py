@@ -84,18 +84,19 @@ def test_what_was_measured_is_learnt(
 
 
 @settings(deadline=None, max_examples=60)
-@given(prices, prices, st.floats(0.5, 3), st.floats(0, 30))
+@given(prices, prices, st.floats(0.5, 2), st.floats(0.5, 3), st.floats(0, 30))
 def test_a_choice_within_the_budget_is_predicted_within_what_was_wanted(
-    two: tuple[Layer, Layer], a: list[float], b: list[float], kappa: float, wanted: float
+    two: tuple[Layer, Layer], a: list[float], b: list[float], drift: float, kappa: float, wanted: float
 ) -> None:
-    prediction = Prediction([row(two[0], a), row(two[1], b)], a[0] + b[0] + 5, kappa)
+    prediction = Prediction([row(two[0], a), row(two[1], b)], a[0] + b[0] + 5, drift, kappa)
     problem = prediction.problem(wanted)
     for options in problem.layers:
         assert options[0].chain is None
         assert all(option.cost("ms") < options[0].cost("ms") for option in options[1:])
     choices = list(itertools.product(*problem.layers))
     for chosen in choices:
-        assert problem.total(chosen) - problem.budget == pytest.approx(prediction.ms(chosen) - wanted, abs=1e-9)
+        excess = (prediction.ms(chosen) - wanted) / drift
+        assert problem.total(chosen) - problem.budget == pytest.approx(excess, abs=1e-9)
     assert prediction.fastest_ms() == pytest.approx(min(map(prediction.ms, choices)))
 
 
