@@ -43,6 +43,8 @@ from onnx_lowrank.request import provider_options, settings_of
 from onnx_lowrank.search.elsewhere import Choice, Elsewhere, elsewhere
 from onnx_lowrank.search.source import read_source
 
+REQUESTABLE = ("cpu", "cuda")
+
 app = typer.Typer(help="Latencies measured so far: show, export, import, and measure on another device.")
 _out, _err = Console(), Console(stderr=True)
 TableArgument = Annotated[Path | None, typer.Argument(metavar="[TABLE]", help="An exported table; by default yours.")]
@@ -117,6 +119,9 @@ def request(
     """Write what another device must time for MODEL, with a script that needs python, numpy and onnxruntime."""
     asked = given(locals(), None)
     settings = settings_of(asked, provider_option or ())
+    if settings.target.provider not in REQUESTABLE:
+        got, do = f"--provider {settings.target.provider}", "run `onnx-lowrank optimize` on the device itself"
+        raise InputError(got, f"one of {', '.join(REQUESTABLE)}, which the script can time", do)
     pipeline.check_paths(out, model, settings.calibration)
     phases = phases_on(_err)
     with phases.phase("read"):

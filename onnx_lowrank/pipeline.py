@@ -112,7 +112,8 @@ def plan(
         if isinstance(settings.goal, KeepMacs | KeepParams):
             got, do = f"--{settings.goal} for {there.source}", "leave --table and --device out"
             raise InputError(got, "a goal that time decides", f"no latency decides a goal of size: {do}")
-        settings = replace(settings, target=Target(shapes=settings.target.shapes))
+        levels = there.where.target().levels
+        settings = replace(settings, target=Target(levels=levels, shapes=settings.target.shapes))
     with phases.phase("read"):
         source = _read(Path(model), settings)
         for path in beside:

@@ -114,6 +114,14 @@ def test_disturbed_rounds_are_left_out() -> None:
     assert found.disturbed
 
 
+def test_what_rested_in_the_quiet_rounds_keeps_its_disturbed_ones() -> None:
+    runs = [Drawn(1, 0.001, 0), Drawn(1, 0.001, 1), Drawn(1, 0.3, 2)]
+    until = Until(9, 60.0, half_width=0.02, most=21, resting=True)
+    found = in_turns(runs, until, witness=Said(*[True] * 12, *[False] * 9))
+    assert np.isfinite(found.ratios).all()
+    assert found.disturbed
+
+
 def test_a_machine_that_is_never_quiet_is_called_disturbed() -> None:
     found = in_turns([Drawn(1, 0.001, 0), Drawn(1, 0.001, 1)], Until(9, 60.0, most=21), witness=Said(True))
     assert found.rounds == 9  # nothing to wait for

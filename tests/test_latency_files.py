@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import os
 import subprocess
 import sys
@@ -177,6 +178,7 @@ def test_damaged_files_are_refused(folder: Path, capsys: Captured, text: str, sa
         ("ms", -1, "ValueError: ms -1 of"),
         ("ms", "fast", "ValueError: ms 'fast' of"),
         ("kind", "thing", "ValueError: kind 'thing' of"),
+        ("samples", 10**30, f"ValueError: samples {10**30} of"),
         ("measured", "yesterday", "ValueError: Invalid isoformat string: 'yesterday'"),
     ],
 )
@@ -194,6 +196,21 @@ def test_bad_records_are_named(folder: Path, capsys: Captured, field: str, value
     (folder / "t.json").write_text(json.dumps({"schema": 1, "tables": [section]}))
     assert run(["latency", "show", "t.json"]) == 2
     assert f"got t.json with a bad field ({said}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("block", [8.0, math.inf, 0, True])
+def test_channel_blocks_that_are_none_are_refused(folder: Path, capsys: Captured, block: float) -> None:
+    section = {"circumstances": HERE.to_dict(), "channel_blocks": {"conv": block}, "records": []}
+    (folder / "t.json").write_text(json.dumps({"schema": 1, "tables": [section]}))
+    assert run(["latency", "import", "t.json"]) == 2
+    assert f"got t.json with a bad field (ValueError: channel block {block!r} of conv)" in capsys.readouterr().err
+
+
+def test_a_provider_the_script_cannot_time_is_refused(folder: Path, capsys: Captured) -> None:
+    assert run(["latency", "request", "model.onnx", "-o", "r.zip", "--provider", "openvino"]) == 2
+    advice = "run `onnx-lowrank optimize` on the device itself"
+    said = f"error: got --provider openvino; expected one of cpu, cuda, which the script can time; {advice}\n"
+    assert capsys.readouterr().err == said
 
 
 def test_show_groups_by_circumstances(folder: Path, capsys: Captured) -> None:

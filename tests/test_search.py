@@ -151,7 +151,7 @@ def test_the_loop_measures_what_it_returns(tmp_path: Path) -> None:
         assert "nothing was faster than keeping every layer" in found.outcome.reason
     else:
         assert len(best.race.timings) == 3
-        assert found.outcome.reached == (best.race.ratio(0, 2).low >= 0.98 * 1.02)
+        assert found.outcome.reached == (best.race.ratio(0, 2).low >= 1.02)  # the search wants a margin
     assert best.loss == pytest.approx(sum(c.loss for c in best.chosen))
     assert [c.key for c in best.chosen] == [r.layer.key for r in found.rows if r.factorable]
     onnx.checker.check_model(str(best.path), full_check=True)

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 _UNTIL = Until(rounds=9, half_width=0.02, most=21, sample_s=0.001, resting=True)
 _BUDGET_S = 1.0  # of each chain; an eighth at most warms up
-ANCHORS, ANCHOR_S = 4, 6.0  # layers timed again to see how the machine has changed, and the time for it
+ANCHORS = 4  # layers timed again to see how the machine has changed
 OPEN_BYTES = 256 << 20  # weights of sessions held open at once; onnxruntime keeps about twice as much
 
 
@@ -80,7 +80,7 @@ class Pricer(Protocol):
         """Milliseconds per run of the model for each job, None for a chain without a price."""
         ...
 
-    def drift(self, layers: Sequence[Layer], model: Subject, model_ms: float) -> float:
+    def drift(self, layers: Sequence[Layer], model: Subject, model_ms: float, budget_s: float) -> float:
         """Latency of layers now over that in the table, where the model they are from takes `model_ms`."""
         ...
 
@@ -143,13 +143,14 @@ class ChainTimer:
                 progress(len(known), len(unique))
         return [total([(piece.site.count, known[piece.key]) for piece in row]) for row in pieces]
 
-    def drift(self, layers: Sequence[Layer], model: Subject, model_ms: float) -> float:
+    def drift(self, layers: Sequence[Layer], model: Subject, model_ms: float, budget_s: float) -> float:
         """Latency of layers now over that in the table: by the costliest few, in turns with the model they are from.
 
         Args:
             layers: Priced ones.
             model: The whole model.
             model_ms: Its latency, on the scale that prices are wanted on.
+            budget_s: Wall clock, opening excluded.
 
         Returns:
             1 where nothing can be said.
@@ -158,9 +159,7 @@ class ChainTimer:
         costly = sorted(layers, key=lambda layer: costs[layer.key] or 0.0)[-ANCHORS:]
         before = sum(costs[layer.key] or 0.0 for layer in costly)
         pieces = [self._piece(Job(layer), site) for layer in costly for site in layer.sites]
-        until = replace(_UNTIL, budget_s=ANCHOR_S, resting=False)
-        subjects = [model, *(self._subject(piece) for piece in pieces)]
-        found = self._child.contest(Contest(subjects, until, self._clock))
+        found = self._measured(pieces, replace(_UNTIL, budget_s=budget_s, resting=False), model)
         if found.paired is None or found.refused or before <= 0:
             return 1.0
         shares = zip(pieces, found.paired.ratios[1:], strict=True)
@@ -188,7 +187,7 @@ class ChainTimer:
             yield batch
 
     def _time(self, batch: Sequence[_Piece]) -> dict[str, float | None]:
-        found = self._measured(batch)
+        found = self._measured(batch, replace(_UNTIL, budget_s=_BUDGET_S * len(batch)))
         prices: dict[str, float | None] = {}
         for index, error in found.refused.items():
             piece = batch[index]
@@ -210,17 +209,17 @@ class ChainTimer:
         self.disturbed += len(timed) if found.paired.disturbed_rounds > DISTURBED_SHARE else 0
         return prices
 
-    def _measured(self, batch: Sequence[_Piece]) -> Finished:
-        """The batch in turns; as float32 where the provider lacks kernels for its type."""
-        until = replace(_UNTIL, budget_s=_BUDGET_S * len(batch))
-        subjects = [self._subject(piece) for piece in batch]
+    def _measured(self, batch: Sequence[_Piece], until: Until, *first: Subject) -> Finished:
+        """The batch in turns, behind what stands `first`; as float32 where the provider lacks kernels for its type."""
+        subjects = [*first, *(self._subject(piece) for piece in batch)]
         found = self._child.contest(Contest(subjects, until, self._clock))
-        lacking = {i for i, error in found.refused.items() if isinstance(error, UnsupportedTypeError)}
-        types = {batch[i].job.layer.form.elem_type for i in lacking} - self._without_kernels - {TensorProto.FLOAT}
+        lacking = {i - len(first) for i, error in found.refused.items() if isinstance(error, UnsupportedTypeError)}
+        types = {batch[i].job.layer.form.elem_type for i in lacking if i >= 0}
+        types -= self._without_kernels | {TensorProto.FLOAT}
         if not types:
             return found
         self._without_kernels |= types
-        return self._measured(batch)
+        return self._measured(batch, until, *first)
 
     def _subject(self, piece: _Piece) -> Subject:
         kind = piece.job.layer.form.elem_type

@@ -164,9 +164,10 @@ def _repeats(run: Run, clock: Clock, sample_s: float) -> int:
 
 
 def _trusted(rows: Sequence[Sequence[float]], seen: Sequence[bool], fewest: int) -> NDArray[np.float64]:
-    """The rounds that nothing disturbed; all of them where those are too few."""
-    table, quiet = np.array(rows), ~np.array(seen)
-    return table[quiet] if quiet.sum() >= fewest else table
+    """The rounds that nothing disturbed; all where those are too few for one of the runs, which may have rested."""
+    table = np.array(rows)
+    quiet = table[~np.array(seen)]
+    return quiet if np.count_nonzero(~np.isnan(quiet), axis=0).min() >= fewest else table
 
 
 def _is_known(table: NDArray[np.float64], index: int, until: Until) -> bool:

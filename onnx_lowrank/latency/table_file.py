@@ -20,6 +20,7 @@ from onnx_lowrank.latency.grid import KINDS, Kind, known_block, remember_block
 from onnx_lowrank.latency.table import CHAIN, MODEL, LatencyTable, Record
 
 SCHEMA = 1
+LARGEST, MOST_SAMPLES = 4096, 1 << 31  # of a channel block; of the rounds of one latency
 _AGAIN = "export it again with `onnx-lowrank latency export`, or run measure.py again"
 
 
@@ -94,7 +95,7 @@ def to_json(content: Iterable[Section]) -> str:
 
 
 def merge(table: LatencyTable, content: Iterable[Section]) -> list[Merged]:
-    """Put sections into a table, each under its own circumstances; of what is in both, the newer stays."""
+    """Put sections into a table, each under its own circumstances; of latencies in both, the newer stay."""
     merged: list[Merged] = []
     for section in content:
         before = {record.key: record.measured for record in table.records(section.where)}
@@ -103,7 +104,8 @@ def merge(table: LatencyTable, content: Iterable[Section]) -> list[Merged]:
                 table.put(section.where, record)
         known = sum(record.key in before for record in section.records)
         for kind, block in section.blocks.items():
-            remember_block(section.where, table, kind, block)
+            if known_block(section.where, table, kind) is None:
+                remember_block(section.where, table, kind, block)
         merged.append(Merged(section.where, len(section.records) - known, known))
     return merged
 
@@ -126,16 +128,17 @@ def read(path: Path) -> list[Section]:
         raise InputError(f"schema {raw.get('schema')!r} in {path}", f"schema {SCHEMA}", _AGAIN)
     try:
         return [_section(part) for part in raw["tables"]]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         detail = f"{type(error).__name__}: {error}"
         raise InputError(f"{path} with a bad field ({detail})", "a latency table", _AGAIN) from error
 
 
 def _section(raw: dict[str, Any]) -> Section:
     where = Circumstances.from_dict(raw["circumstances"])
-    blocks: dict[Kind, int] = {kind: raw["channel_blocks"][kind] for kind in KINDS if kind in raw["channel_blocks"]}
+    told = raw["channel_blocks"]
+    blocks: dict[Kind, Any] = {kind: told[kind] for kind in KINDS if kind in told}
     for kind, block in blocks.items():
-        if not _is_number(block) or block < 1 or block != int(block):
+        if not isinstance(block, int) or isinstance(block, bool) or not 1 <= block <= LARGEST:
             raise ValueError(f"channel block {block!r} of {kind}")
     return Section(where, [_record(item) for item in raw["records"]], blocks)
 
@@ -146,7 +149,7 @@ def _record(raw: dict[str, Any]) -> Record:
         raise ValueError(f"ms {ms!r} of {what}")
     if kind not in {CHAIN, MODEL}:
         raise ValueError(f"kind {kind!r} of {what}")
-    if not isinstance(samples, int) or samples < 0:
+    if not isinstance(samples, int) or not 0 <= samples <= MOST_SAMPLES:
         raise ValueError(f"samples {samples!r} of {what}")
     measured = datetime.fromisoformat(str(raw["measured"])).timestamp()
     price = None if ms is None else float(ms)

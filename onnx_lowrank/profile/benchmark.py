@@ -163,7 +163,7 @@ class _Bench:
             layers=by_layer(nodes, graph, timing.median_ms),
             rounds=result.rounds,
             clock=result.clock.value,
-            disturbed=result.disturbed if len(result.timings) > 1 else _wide(result),
+            disturbed=result.disturbed or (len(result.timings) == 1 and _wide(result)),
             placement=opened.placement,
         )
 

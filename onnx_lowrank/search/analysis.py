@@ -34,6 +34,7 @@ from onnx_lowrank.settings import Settings
 from onnx_lowrank.validation import compare
 
 logger = logging.getLogger(__name__)
+DRIFT_S = 6.0
 REPORT_SEED = 1000  # added to the seed of synthetic inputs that figures are reported on
 
 
@@ -127,7 +128,9 @@ def _prediction(rows: Sequence[Row], normalized_ms: float, ready: Prepared, time
     """The priced table, on the scale of the normalized model's latency as it is now."""
     priced = [row.layer for row in rows if row.factorable and row.keep.ms]
     model = ready.racer.subject(ready.normalized)
-    drift = timer.drift(priced, model, normalized_ms) if priced and model is not None else 1.0
+    if not priced or model is None:
+        return Prediction(rows, normalized_ms)
+    drift = timer.drift(priced, model, normalized_ms, min(DRIFT_S, ready.racer.seconds))
     logger.info("layers take %.3f times what the latency table says", drift)
     return Prediction(rows, normalized_ms, drift)
 

@@ -147,9 +147,9 @@ class RememberedPrices:
             logger.warning("%d chains are left out, as %s has no latency of them: %s", len(self.dropped), source, names)
         return prices
 
-    def drift(self, layers: Sequence[Layer], model: Subject, model_ms: float) -> float:
+    def drift(self, layers: Sequence[Layer], model: Subject, model_ms: float, budget_s: float) -> float:
         """1: everything was timed there, at one time."""
-        del layers, model, model_ms
+        del layers, model, model_ms, budget_s
         return 1.0
 
     def _price(self, job: Job) -> float | None:

@@ -138,7 +138,11 @@ class Loop:
         """The prediction for `chosen`, corrected by timing another model that is much like it."""
         if self.bench.late or same(chosen, near) or not any(c.chain and not c.exact for c in near):
             return self.prediction
-        other = self.timed(self._attempt(near, self.prediction))
+        try:
+            other = self.timed(self._attempt(near, self.prediction))
+        except MeasuringError as error:
+            logger.warning("the prediction is not corrected: %s", error.reason)
+            return self.prediction
         return self.prediction.learned(near, scaled_ms(other, self.prediction))
 
     def _corrected(self, attempt: Attempt, others: Sequence[Sequence[Candidate]]) -> Attempt:
