@@ -112,8 +112,7 @@ def plan(
         if isinstance(settings.goal, KeepMacs | KeepParams):
             got, do = f"--{settings.goal} for {there.source}", "leave --table and --device out"
             raise InputError(got, "a goal that time decides", f"no latency decides a goal of size: {do}")
-        levels = there.where.target().levels
-        settings = replace(settings, target=Target(levels=levels, shapes=settings.target.shapes))
+        settings = replace(settings, target=there.planning(settings.target.shapes))
     with phases.phase("read"):
         source = _read(Path(model), settings)
         for path in beside:

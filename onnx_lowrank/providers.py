@@ -9,15 +9,10 @@ import numpy as np
 from onnx import parser
 
 from onnx_lowrank.errors import InputError, ProviderError
-from onnx_lowrank.runtime import Session, listed_providers, open_session
+from onnx_lowrank.runtime import Session, open_session
 from onnx_lowrank.target import Target
 
 _PROBE = parser.parse_model('<ir_version: 7, opset_import: ["": 13]> one (float[1] x) => (float[1] y) { y = Relu(x) }')
-
-
-def available_providers() -> tuple[str, ...]:
-    """Short names of the providers that load on this machine; that a wheel lists a provider means nothing."""
-    return tuple(name for name in listed_providers() if provider_reason(name) is None)
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from rich.console import Console
 from onnx_lowrank.doctor import Finding, diagnose, render, runtime_mixture
 from onnx_lowrank.latency.grid import channel_block
 from onnx_lowrank.latency.table import CACHE_VARIABLE, LatencyTable
-from onnx_lowrank.providers import available_providers
+from onnx_lowrank.providers import provider_reason
 from onnx_lowrank.target import Target
 
 
@@ -31,7 +31,7 @@ def test_diagnosis_of_this_machine(cache):
     assert findings["latency table"].text.startswith("0 measurements")
     assert findings["channel block, conv"].text == "not probed yet"
     assert findings["onnxruntime packages"].state == "ok"
-    if "provider cuda" in findings and "cuda" not in available_providers():
+    if "provider cuda" in findings and provider_reason("cuda") is not None:
         assert findings["provider cuda"].state == "warning"
         assert findings["provider cuda"].text.startswith("does not load: ")
 

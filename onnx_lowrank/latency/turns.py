@@ -35,7 +35,7 @@ class Clock(enum.Enum):
 
 
 def clock_for(provider: str, threads: int) -> Clock:
-    """The clock that other processes disturb least."""
+    """The clock that other processes disturb least, on what the script times (see Target.in_calling_thread)."""
     return Clock.CPU if provider == "cpu" and threads == 1 else Clock.WALL
 
 

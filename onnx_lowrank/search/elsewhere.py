@@ -23,6 +23,7 @@ from onnx_lowrank.latency.table_file import day
 from onnx_lowrank.latency.turns import Clock
 from onnx_lowrank.layer import Layer
 from onnx_lowrank.search.racer import Contestant, Racer, Sample
+from onnx_lowrank.target import InputShapes, Target
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,10 @@ class Elsewhere:
     def pricer(self, level: str) -> RememberedPrices:
         """The chains timed there, at this optimization level."""
         return RememberedPrices(self, level)
+
+    def planning(self, shapes: tuple[InputShapes, ...]) -> Target:
+        """What stands in for the device here, where the model is only looked at: its levels, on the CPU."""
+        return Target(levels=self.where.target().levels, shapes=shapes)
 
     def missing(self, what: str) -> InputError:
         """The error for what the table does not hold."""
