@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -81,11 +82,21 @@ class Run:
         }
 
 
-def optimize(model: Path, out: Path, options: Sequence[str]) -> Run:
-    """Optimize a model; the report is written beside `out`, whose folder must exist."""
+def optimize(model: Path, out: Path, options: Sequence[str], environment: Mapping[str, str] | None = None) -> Run:
+    """Optimize a model; the report is written beside `out`, whose folder must exist.
+
+    Args:
+        model: The original.
+        out: Receives the result.
+        options: All further words.
+        environment: Variables beside those of this process.
+    """
     command = [sys.executable, "-m", "onnx_lowrank", "optimize", str(model), "-o", str(out), *options]
+    variables = {**os.environ, **(environment or {})}
     started = time.perf_counter()
-    done = subprocess.run([*command, "--report", str(out.parent)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, "--report", str(out.parent)], capture_output=True, text=True, check=False, env=variables
+    )
     seconds = round(time.perf_counter() - started, 1)
     said = done.stderr.strip().splitlines()
     file = out.parent / "report.json"

@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from onnx_lowrank.batching import safe_batch
+from onnx_lowrank.calibration.unfold import Counted
 from onnx_lowrank.data import Dataset
+from onnx_lowrank.padding import Padding, padding
 from onnx_lowrank.signature import Feeds
 from onnx_lowrank.target import Target
 
@@ -25,12 +27,14 @@ class Samples:
     Args:
         fit: Moments are taken from these.
         judge: Fits are chosen by these, and losses probed on them.
-        largest_batch: Samples that may be run at once; see `batched_for`.
+        largest_batch: Samples that may be run at once; see `suited`.
+        padding: Where the samples are padding; None: nowhere.
     """
 
     fit: Dataset
     judge: Dataset
     largest_batch: int = LARGEST_BATCH
+    padding: Padding | None = None
 
     def __len__(self) -> int:
         return len(self.fit) + len(self.judge)
@@ -40,6 +44,10 @@ class Samples:
         for part, fits in ((self.fit, True), (self.judge, False)):
             for batch in part.batches(min(_batch(part), self.largest_batch)):
                 yield batch.feeds, fits, len(batch.rows)
+
+    def counted(self, feeds: Feeds) -> Counted | None:
+        """Which positions of a batch count, (samples, positions); None: all."""
+        return None if self.padding is None else self.padding.counted(feeds)
 
 
 def divided(data: Dataset, seed: int) -> tuple[Samples, Dataset]:
@@ -53,9 +61,10 @@ def divided(data: Dataset, seed: int) -> tuple[Samples, Dataset]:
     return Samples(fit, judge), held_out
 
 
-def batched_for(samples: Samples, model: Path, target: Target) -> Samples:
-    """The same, in batches no larger than `model` takes on `target`."""
-    return replace(samples, largest_batch=safe_batch(model, samples.judge, target, _batch(samples.judge)))
+def suited(samples: Samples, model: Path, target: Target) -> Samples:
+    """The same, in batches no larger than `model` takes on `target`, and without the padding it does not look at."""
+    batch = safe_batch(model, samples.judge, target, _batch(samples.judge))
+    return replace(samples, largest_batch=batch, padding=padding(model, samples.fit, target, batch))
 
 
 def _batch(data: Dataset) -> int:

@@ -1,7 +1,8 @@
 """What a layer sees, as rows: unfolded inputs c and outputs y of one node, so that y = M c + b row by row.
 
 Rows are positions: output pixels of a convolution, leading indices of a product. Where there are more than are wanted,
-the same seeded positions are taken of every sample, whatever the batch it comes in.
+the same seeded positions are taken of every sample, whatever the batch it comes in. Positions that are padding (see
+`padding`) are passed over.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from onnx_lowrank.layer import Array, Form, Geometry, LayerShape, Shape
 
 Values = NDArray[np.generic]
+Counted = NDArray[np.bool_]
 # Rows of a layer: more make its moments better and take longer. Not fewer than this many per unfolded input, else as
 # many as this many multiplications pay for, up to a limit.
 ROWS_PER_INPUT = 4
@@ -55,17 +57,22 @@ class Unfolding:
         where = (form.geometry, form.side, form.transposed_input, form.batch)
         return (*where, shape.groups, shape.in_, shape.kernel, self.rows_per_sample, self.seed)
 
-    def rows(self, x: Values) -> Array:
-        """Unfolded inputs of one batch, (rows, groups, n), in real numbers; n = in prod(kernel), order (c, kernel)."""
+    def rows(self, x: Values, counted: Counted | None = None) -> Array:
+        """Unfolded inputs of one batch, (rows, groups, n), in real numbers; n = in prod(kernel), order (c, kernel).
+
+        Args:
+            x: What the node reads.
+            counted: (samples, positions), false where a position is padding; None: all count. Products only.
+        """
         if self.form.geometry is not None:
             size = self.form.geometry.output_size(x.shape[2:], self.shape.kernel)
             return _patches(_real(x), self.form.geometry, self.shape, self._positions(size), size)
-        return self._product_rows(_real(x), self.shape.in_, transposed=self.form.transposed_input)
+        return self._product_rows(_real(x), self.shape.in_, counted, transposed=self.form.transposed_input)
 
-    def targets(self, y: Values) -> Array:
+    def targets(self, y: Values, counted: Counted | None = None) -> Array:
         """Outputs at the same positions, (rows, groups, out)."""
         if self.form.geometry is None:
-            return self._product_rows(_real(y), self.shape.out, transposed=False)
+            return self._product_rows(_real(y), self.shape.out, counted, transposed=False)
         picked = _real(y)[(slice(None), slice(None), *self._positions(y.shape[2:]))]
         return picked.swapaxes(1, 2).reshape(-1, self.shape.groups, self.shape.out)
 
@@ -79,8 +86,10 @@ class Unfolding:
         rng = np.random.default_rng([self.seed, zlib.crc32(repr(key).encode())])
         return np.sort(rng.choice(count, self.rows_per_sample, replace=False))
 
-    def _product_rows(self, array: Array, width: int, *, transposed: bool) -> Array:
+    def _product_rows(self, array: Array, width: int, counted: Counted | None, *, transposed: bool) -> Array:
         """Rows of one operand of y = x W^T; a stack of products has one group per matrix."""
+        if counted is not None and self._is_tokens(array.shape, counted, transposed=transposed):
+            return array.reshape(*counted.shape, 1, width)[self._taken(counted)]
         if transposed:
             array = array.T
         if self.form.side == "left" and array.ndim > 1:  # a vector is a column on the right, too
@@ -101,6 +110,22 @@ class Unfolding:
             flat = stacked.reshape(lead[0], -1, 1, width)
         chosen = self._chosen(flat.shape[1], flat.shape[1:2])
         return flat[:, chosen].reshape(-1, groups, width)
+
+    def _is_tokens(self, shape: Shape, counted: Counted, *, transposed: bool) -> bool:
+        """Whether an operand holds one row per position of every sample, stacked or not."""
+        plain = self.form.side == "right" and not (transposed or self.form.batch)
+        return plain and shape[:-1] in {counted.shape, (counted.size,)}
+
+    def _taken(self, counted: Counted) -> Counted:
+        """Of every sample the positions that count, no more than are wanted, in one seeded order for all."""
+        order = self._shuffled(counted.shape[1])
+        ordered = counted[:, order]
+        taken = np.zeros_like(counted)
+        taken[:, order] = ordered & (np.cumsum(ordered, axis=1) <= self.rows_per_sample)
+        return taken
+
+    def _shuffled(self, count: int) -> NDArray[np.intp]:
+        return np.random.default_rng([self.seed, count]).permutation(count)
 
 
 def _real(array: Values) -> Array:

@@ -93,7 +93,7 @@ def assemble(analysis: Analysis, settings: Settings, path: Path, phases: Phases)
             }
             for record in (*(() if best.plan.changes_nothing else analysis.ready.records), best.record)
         ),
-        notes=tuple(dict.fromkeys((*analysis.ready.notes, *found.notes, *remarks))),
+        notes=tuple(dict.fromkeys((*analysis.ready.notes, *_padding(analysis), *found.notes, *remarks))),
         bisect=bisected,
         loss=Loss(best.loss, found.loss, found.samples) if analysis.bench.table is not None else None,
         calibration=_calibration(analysis, found),
@@ -249,6 +249,12 @@ def _calibration(analysis: Analysis, found: Validation) -> str:
         return f"data-free, reported on {found.samples} given samples"
     samples = table.calibration.samples
     return f"calibrated on {len(samples)} samples, reported on {found.samples} others"
+
+
+def _padding(analysis: Analysis) -> tuple[str, ...]:
+    table = analysis.bench.table
+    found = None if table is None else table.calibration.samples.padding
+    return () if found is None else (str(found),)
 
 
 def _peak_rss_mib() -> float:

@@ -13,7 +13,7 @@ from pathlib import Path
 from onnx_lowrank.calibration.moments import Accumulator, Moments
 from onnx_lowrank.calibration.samples import Samples
 from onnx_lowrank.calibration.stops import Stop, stops
-from onnx_lowrank.calibration.unfold import Unfolding, rows_per_sample
+from onnx_lowrank.calibration.unfold import Counted, Unfolding, rows_per_sample
 from onnx_lowrank.calibration.walk import Cut, Front, Route, route
 from onnx_lowrank.candidates import Candidate
 from onnx_lowrank.chain import Fit
@@ -30,7 +30,7 @@ from onnx_lowrank.target import Target
 
 logger = logging.getLogger(__name__)
 # To be raised when a probed loss comes to mean something else: it is remembered from run to run.
-PROBE_VERSION = 3
+PROBE_VERSION = 4
 # Samples losses are probed on: as many as this many multiply-accumulates pay for, between these two.
 PROBE_MACS = 4e12
 PROBE_SAMPLES = (8, 256)
@@ -128,8 +128,8 @@ class CalibratedTable:
         if key not in shared:
             shape = layer.shape
             sums = Accumulator(shape.groups, shape.inputs)
-            for batch in probes.fitting:
-                sums.add(unfolding.rows(probes.front.value(cut.x, batch)))
+            for batch, counted in probes.fitting.items():
+                sums.add(unfolding.rows(probes.front.value(cut.x, batch), counted))
             shared[key] = sums.moments()
         return shared[key]
 
@@ -138,14 +138,14 @@ class CalibratedTable:
         folder = room / f"front{len(list(room.iterdir()))}"
         folder.mkdir()
         front = Front(folder, self.calibration.target)
-        fitting: list[int] = []
+        fitting: dict[int, Counted | None] = {}
         probing: dict[int, int] = {}
         per_sample = sum(layer.macs for layer in self.layers) * len(self.layers) * PROBES / 2
         most = min(max(PROBE_MACS / max(per_sample, 1), PROBE_SAMPLES[0]), PROBE_SAMPLES[1])
         for batch, (feeds, fits, count) in enumerate(self.calibration.samples.batches()):
             front.put(feeds)
             if fits:
-                fitting.append(batch)
+                fitting[batch] = self.calibration.samples.counted(feeds)
             elif sum(probing.values()) < most:
                 probing[batch] = count
         session = front.open(self.graph, list(path.outputs))
@@ -198,7 +198,7 @@ class Probes:
         graph: The network.
         front: Activations of the original.
         path: Where the walk stops.
-        fitting: Batches moments are taken from.
+        fitting: Batches moments are taken from, and which of their positions count.
         probing: Batches losses are measured on, and the number of samples in each.
         reference: The original's outputs on them.
     """
@@ -206,7 +206,7 @@ class Probes:
     graph: Graph
     front: Front
     path: Route
-    fitting: Sequence[int]
+    fitting: Mapping[int, Counted | None]
     probing: Mapping[int, int]
     reference: Sequence[Outputs]
 

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from onnx_lowrank.allocators import ALLOCATORS
-from onnx_lowrank.calibration.samples import Samples, batched_for
+from onnx_lowrank.calibration.samples import Samples, suited
 from onnx_lowrank.candidates import Grid
 from onnx_lowrank.goals import KeepMacs, KeepParams
 from onnx_lowrank.graph.model import Graph
@@ -120,7 +120,7 @@ def _calibration(
     data = (samples.fit.sha256, samples.judge.sha256)
     seen = [PROBE_VERSION, source.sha256, data, methods, passes, versions()]
     target = replace(settings.target, threads=0).exact()
-    samples = batched_for(samples, source.path, target)
+    samples = suited(samples, source.path, target)
     return Calibration(samples, target, folder, memory, json.dumps(seen, default=str))
 
 

@@ -1,0 +1,62 @@
+"""Times ONNX files in turns, with nothing of onnx-lowrank: the witness of its figures.
+
+    python benchmarks/independent.py ORIGINAL.onnx@all A.onnx@extended ... --shape x=1x3x256x256 [--threads 1]
+
+Needs onnxruntime and numpy. Every round runs each file once, in a new order; the wall clock counts. Prints JSON: per
+file the median in milliseconds and how many times as fast as the first file it is: median of the ratios within a round.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import time
+
+import numpy as np
+import onnxruntime as ort
+
+LEVELS = {"all": "ORT_ENABLE_ALL", "extended": "ORT_ENABLE_EXTENDED", "basic": "ORT_ENABLE_BASIC"}
+KINDS = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(int32)": np.int32}
+
+
+def session(word: str, threads: int) -> ort.InferenceSession:
+    """A session of FILE@LEVEL."""
+    path, _, level = word.rpartition("@")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, LEVELS[level])
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", metavar="FILE@LEVEL")
+    parser.add_argument("--shape", action="append", required=True)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=40)
+    asked = parser.parse_args()
+    sizes = {name: [int(n) for n in size.split("x")] for name, _, size in (s.partition("=") for s in asked.shape)}
+    sessions = [session(word, asked.threads) for word in asked.files]
+    rng = np.random.default_rng(0)
+    feeds = {
+        i.name: (np.ones if "int" in i.type else rng.standard_normal)(sizes[i.name]).astype(KINDS[i.type])
+        for i in sessions[0].get_inputs()
+    }
+    order, times = list(range(len(sessions))), [list[float]() for _ in sessions]
+    for each in sessions:
+        each.run(None, feeds)
+    for _ in range(asked.rounds):
+        random.shuffle(order)
+        for i in order:
+            started = time.perf_counter()
+            sessions[i].run(None, feeds)
+            times[i].append(time.perf_counter() - started)
+    ratios = [statistics.median(a / b for a, b in zip(times[0], mine, strict=True)) for mine in times]
+    medians = [1e3 * statistics.median(mine) for mine in times]
+    print(json.dumps({"ms": [round(ms, 3) for ms in medians], "speedup": [round(ratio, 3) for ratio in ratios]}))
+
+
+if __name__ == "__main__":
+    main()
