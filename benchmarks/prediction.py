@@ -85,7 +85,7 @@ def measure(model: ZooModel, keep: float, threads: int) -> results.Row:
 
 def _isolated(run: command.Run) -> float:
     """What the report's latencies of layers and chains, each timed alone, add up to."""
-    layers = [row for row in run.report["layers"] if row["decision"] == "factorized"]
+    layers = [row for row in run.report["layers"] if row["latency_ms_after"] is not None]
     gain = sum(row["latency_ms_before"] - row["latency_ms_after"] for row in layers)
     return float(run.report["latency"]["normalized_ms"]) - gain
 
