@@ -109,7 +109,7 @@ def _provider(name: str) -> Finding:
     if reason is None:
         return Finding(f"provider {name}", "ok", "loads and runs")
     remedy = f"; {_REMEDIES[name]}" if name in _REMEDIES else ""
-    return Finding(f"provider {name}", "warning", f"does not load: {reason}{remedy}")
+    return Finding(f"provider {name}", "warning", f"does not load: {reason.rstrip('.')}{remedy}")
 
 
 def missing_providers(listed: Collection[str]) -> Finding:

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from roads import network, save
 from onnx_lowrank.cli import run
 from onnx_lowrank.latency.circumstances import Circumstances
 from onnx_lowrank.latency.table import CACHE_VARIABLE, LatencyTable
-from onnx_lowrank.latency.table_file import merge, read, sections, to_json
+from onnx_lowrank.latency.table_file import Section, merge, read, sections, to_json
 from onnx_lowrank.latency_request import script
 from onnx_lowrank.plan import Plan
 from onnx_lowrank.target import Target
@@ -70,6 +70,21 @@ def everywhere(name: str, value: object) -> Callable[[Any], None]:
             section["circumstances"][name] = value
 
     return change
+
+
+def test_an_import_is_whole_or_not_at_all(folder: Path) -> None:
+    content = read(measured(folder))
+
+    def broken() -> Iterator[Section]:
+        yield from content
+        raise InterruptedError
+
+    with LatencyTable(folder / "other.sqlite") as other:
+        with pytest.raises(InterruptedError):
+            merge(other, broken())
+        assert (len(other), other.circumstances()) == (0, [])
+        merge(other, content)
+        assert to_json(sections(other)) == to_json(content)
 
 
 def test_what_is_exported_comes_back_and_plans_the_same(folder: Path, capsys: Captured) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import sqlite3
 import time
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -147,6 +149,23 @@ class LatencyTable:
     def put_fact(self, key: str, value: str) -> None:
         """Remember something learnt about a machine or a model."""
         self._write("INSERT OR REPLACE INTO fact VALUES (?, ?, ?)", (key, value, time.time()))
+
+    @contextlib.contextmanager
+    def as_one(self) -> Generator[None]:
+        """Everything that is put meanwhile is kept, or, where an exception leaves the block, nothing of it."""
+        try:
+            self._connection.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError as error:
+            logger.warning("%s cannot be written (%s)", self.path, error)
+            yield  # every statement warns again, and is lost: it is a cache
+            return
+        try:
+            yield
+        except BaseException:
+            self._connection.execute("ROLLBACK")
+            self._known.clear()
+            raise
+        self._connection.execute("COMMIT")
 
     def close(self) -> None:
         """Close the file."""

@@ -95,19 +95,9 @@ def to_json(content: Iterable[Section]) -> str:
 
 
 def merge(table: LatencyTable, content: Iterable[Section]) -> list[Merged]:
-    """Put sections into a table, each under its own circumstances; of latencies in both, the newer stay."""
-    merged: list[Merged] = []
-    for section in content:
-        before = {record.key: record.measured for record in table.records(section.where)}
-        for record in section.records:
-            if record.measured > before.get(record.key, -math.inf):
-                table.put(section.where, record)
-        known = sum(record.key in before for record in section.records)
-        for kind, block in section.blocks.items():
-            if known_block(section.where, table, kind) is None:
-                remember_block(section.where, table, kind, block)
-        merged.append(Merged(section.where, len(section.records) - known, known))
-    return merged
+    """Put sections into a table, all or none, each under its circumstances; of latencies in both, the newer stay."""
+    with table.as_one():
+        return [_merged(table, section) for section in content]
 
 
 def read(path: Path) -> list[Section]:
@@ -131,6 +121,18 @@ def read(path: Path) -> list[Section]:
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         detail = f"{type(error).__name__}: {error}"
         raise InputError(f"{path} with a bad field ({detail})", "a latency table", _AGAIN) from error
+
+
+def _merged(table: LatencyTable, section: Section) -> Merged:
+    before = {record.key: record.measured for record in table.records(section.where)}
+    for record in section.records:
+        if record.measured > before.get(record.key, -math.inf):
+            table.put(section.where, record)
+    known = sum(record.key in before for record in section.records)
+    for kind, block in section.blocks.items():
+        if known_block(section.where, table, kind) is None:
+            remember_block(section.where, table, kind, block)
+    return Merged(section.where, len(section.records) - known, known)
 
 
 def _section(raw: dict[str, Any]) -> Section:

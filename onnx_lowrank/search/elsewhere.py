@@ -16,7 +16,7 @@ from onnx_lowrank.graph import io
 from onnx_lowrank.latency.chains import Dropped, Job, Progress, chain_key, total
 from onnx_lowrank.latency.circumstances import Circumstances, lowered_by
 from onnx_lowrank.latency.grid import Kind, known_block
-from onnx_lowrank.latency.measure import Paired, Timing
+from onnx_lowrank.latency.measure import Paired, Timing, steady_clock
 from onnx_lowrank.latency.messages import Subject
 from onnx_lowrank.latency.table import MODEL, LatencyTable, Record
 from onnx_lowrank.latency.table_file import day
@@ -226,7 +226,12 @@ def model_key(sha256: str, samples: Sequence[Sample], *, as_float32: bool) -> st
 
 
 def remember_models(racer: Racer, contestants: Sequence[tuple[Contestant, str]], race: Paired) -> None:
-    """Put whole models, with what they are in words, and their race into the user's table: others may plan by it."""
+    """Put whole models, with what they are in words, and their race into the user's table: others may plan by it.
+
+    Not those that are timed by another clock than their chains, because of their size: a plan would mix the two.
+    """
+    if race.clock is not steady_clock(racer.target):
+        return
     with LatencyTable() as table:
         for (contestant, what), timing in zip(contestants, race.timings, strict=True):
             sha256 = io.model_sha256(contestant.path)
