@@ -16,6 +16,7 @@ import numpy as np
 import onnxruntime as ort
 
 LEVELS = {"all": "ORT_ENABLE_ALL", "extended": "ORT_ENABLE_EXTENDED", "basic": "ORT_ENABLE_BASIC"}
+ROUNDS = 30
 KINDS = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(int32)": np.int32}
 
 
@@ -35,7 +36,7 @@ def main() -> None:
     parser.add_argument("files", nargs="+", metavar="FILE@LEVEL")
     parser.add_argument("--shape", action="append", required=True)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--seconds", type=float, default=60.0, help="to go on for, at least 30 rounds")
     asked = parser.parse_args()
     sizes = {name: [int(n) for n in size.split("x")] for name, _, size in (s.partition("=") for s in asked.shape)}
     sessions = [session(word, asked.threads) for word in asked.files]
@@ -47,7 +48,8 @@ def main() -> None:
     order, times = list(range(len(sessions))), [list[float]() for _ in sessions]
     for each in sessions:
         each.run(None, feeds)
-    for _ in range(asked.rounds):
+    until = time.perf_counter() + asked.seconds
+    while len(times[0]) < ROUNDS or time.perf_counter() < until:
         random.shuffle(order)
         for i in order:
             started = time.perf_counter()
