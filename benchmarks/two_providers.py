@@ -1,6 +1,6 @@
 """Does the provider a plan was made for matter: plans for onnxruntime's CPU provider and for OpenVINO, swapped.
 
-python -m benchmarks.two_providers MODEL --openvino PYTHON [--goal speedup=1.5] [--shape x=1x3x256x256]
+python -m benchmarks.two_providers MODEL --openvino PYTHON [--goal max-error=0.1] [--calibration DATA.npz] [--shape ...]
 
 The model is optimized for both providers at the same goal. Each plan is realised, and the original and both results
 are timed in turns on both providers: a table of two plans by two providers. Beside it stand both latency tables, layer
@@ -50,6 +50,7 @@ class Place:
 def measure(model: Path, places: list[Place], asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Optimize everywhere, realise every plan, time every result everywhere."""
     shapes = [word for shape in asked.shape for word in ("--shape", shape)]
+    samples = ["--calibration", asked.calibration] if asked.calibration else []
     kind, _, value = asked.goal.partition("=")
     reports: dict[str, Any] = {}
     results: list[Path] = []
@@ -57,9 +58,11 @@ def measure(model: Path, places: list[Place], asked: argparse.Namespace, folder:
         plan, out = folder / f"{place.provider}.json", folder / f"{place.provider}.onnx"
         goal = [f"--{kind}", value, "--time-limit", str(asked.time_limit)]
         written = ["-o", folder / "unused.onnx", "--plan-out", plan, "--json"]
-        reports[place.provider] = json.loads(place.run("optimize", model, *goal, *shapes, *place.options, *written))
+        reports[place.provider] = json.loads(
+            place.run("optimize", model, *goal, *shapes, *samples, *place.options, *written)
+        )
         # By the other one: a plan is numbers only, and where it is realised must not matter.
-        next(other for other in places if other is not place).run("apply", model, plan, "-o", out)
+        next(other for other in places if other is not place).run("apply", model, plan, "-o", out, *samples)
         results.append(out)
     timed = ["--seconds", str(asked.seconds), "--json"]
     profiles = {
@@ -75,6 +78,7 @@ def measure(model: Path, places: list[Place], asked: argparse.Namespace, folder:
     return {
         "model": model.name,
         "goal": asked.goal,
+        "calibration": next(iter(reports.values()))["calibration"],
         "threads": places[0].threads,
         "environment": {name: report["environment"] for name, report in reports.items()},
         "reached": {name: report["goal"]["reached"] for name, report in reports.items()},
@@ -147,7 +151,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--openvino", required=True, help="interpreter of an environment with onnxruntime-openvino")
-    parser.add_argument("--goal", default="speedup=1.5")
+    parser.add_argument("--goal", default="max-error=0.1", help="(%(default)s: plans are rivals at the same damage)")
+    parser.add_argument("--calibration", help="samples, as `optimize` takes them")
     parser.add_argument("--shape", action="append", default=[])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--time-limit", type=float, default=300.0)
