@@ -22,6 +22,7 @@ from onnx_lowrank.latency.table import MODEL, LatencyTable, Record
 from onnx_lowrank.latency.table_file import day
 from onnx_lowrank.latency.turns import Clock
 from onnx_lowrank.layer import Layer
+from onnx_lowrank.plan import MEASURED
 from onnx_lowrank.search.racer import Contestant, Racer, Sample
 from onnx_lowrank.target import InputShapes, Target
 
@@ -61,7 +62,7 @@ class Choice:
 
 @dataclass(frozen=True, eq=False)
 class Elsewhere:
-    """The device planned for.
+    """The device planned for; see `Device`.
 
     Args:
         table: Latencies.
@@ -89,6 +90,10 @@ class Elsewhere:
     def pricer(self, level: str) -> RememberedPrices:
         """The chains timed there, at this optimization level."""
         return RememberedPrices(self, level)
+
+    def racer(self, target: Target, samples: Sequence[Sample], folder: Path, *, as_float32: bool) -> Racer:
+        """Whole models timed there."""
+        return RememberedRaces(target, samples, folder, as_float32=as_float32, there=self)
 
     def planning(self, shapes: tuple[InputShapes, ...]) -> Target:
         """What stands in for the device here, where the model is only looked at: its levels, on the CPU."""
@@ -129,6 +134,8 @@ def elsewhere(table: LatencyTable, choice: Choice, source: str, remedy: str) -> 
 
 class RememberedPrices:
     """Prices of chains from the table alone; what is not in it is dropped. See `ChainTimer` for the rest."""
+
+    source = MEASURED
 
     def __init__(self, there: Elsewhere, level: str) -> None:
         self._there, self._where = there, there.where.at(level)
