@@ -77,6 +77,7 @@ from onnx_lowrank.profile.sweep import parse_sweep
 from onnx_lowrank.report.model import folder_for
 from onnx_lowrank.report.terminal import show
 from onnx_lowrank.request import settings_of
+from onnx_lowrank.search.device import Device
 from onnx_lowrank.signature import signature_of
 from onnx_lowrank.validation import compare, render
 
@@ -214,10 +215,8 @@ def plan(
     asked = given(locals(), recipe)
     settings = settings_of(asked, provider_option or ())
     pipeline.check_paths(out, model, settings.calibration, settings.eval, recipe, table)
-    if estimate is None:
-        there = cli_latency.chosen_device(table, asked, device, provider_option or (), model)
-    else:
-        there = cli_roofline.estimated_device(estimate, table, device, asked, provider_option or ())
+    there: Device | None = cli_roofline.estimated_device(estimate, table, device, asked, provider_option or ())
+    there = there or cli_latency.chosen_device(table, asked, device, provider_option or (), model)
     outcome = pipeline.plan(model, settings, phases_on(_err), beside=(out,), there=there)
     made = outcome.best.plan
     io.write_text(out, made.to_json())

@@ -20,12 +20,12 @@ from onnx_lowrank.errors import InputError
 from onnx_lowrank.graph import io
 from onnx_lowrank.latency.circumstances import Circumstances
 from onnx_lowrank.latency.estimates import ORIGIN, estimate_named, shipped
-from onnx_lowrank.latency.grid import KINDS, known_block
-from onnx_lowrank.latency.roofline import OP_CLASSES, Roofline
+from onnx_lowrank.latency.grid import KINDS, Kind, known_block
+from onnx_lowrank.latency.roofline import OP_CLASSES, Roofline, kind_of
 from onnx_lowrank.latency.roofline_fit import Errors, Timed, cross_validated, fit
 from onnx_lowrank.latency.table import CHAIN, LatencyTable
 from onnx_lowrank.latency.table_file import merge, read
-from onnx_lowrank.latency.work import read_work
+from onnx_lowrank.latency.work import OpClass, read_work
 from onnx_lowrank.recipe import Recipe
 from onnx_lowrank.search.elsewhere import Choice, elsewhere
 from onnx_lowrank.search.estimated import Estimated
@@ -57,7 +57,7 @@ def fit_(
     there = elsewhere(table, Choice(device, provider, (), threads), source, "measure a model there first")
     where, timed, silent = _timed(table, there.where)
     errors = cross_validated(timed)
-    blocks = {kind: known_block(where, table, kind) or UNPROBED_BLOCK for kind in KINDS}
+    blocks: dict[Kind, int] = {kind: known_block(where, table, kind) or UNPROBED_BLOCK for kind in KINDS}
     made = replace(fit(timed, f"{where.label}, level {where.level}", blocks), origin=f"fitted to {errors}")
     if out is not None:
         io.write_text(out, made.to_json())
@@ -90,13 +90,15 @@ def estimates(*, as_json: JsonOption = False) -> None:
 
 
 def estimated_device(
-    name: str, table: Path | None, device: str | None, asked: Recipe, options: Sequence[str]
-) -> Estimated:
-    """The device that a plan is made for by estimates.
+    name: str | None, table: Path | None, device: str | None, asked: Recipe, options: Sequence[str]
+) -> Estimated | None:
+    """The device that a plan is made for by estimates, or None where none are asked for.
 
     Raises:
         InputError: if there is no such estimate, or something is asked for that estimates know nothing of.
     """
+    if name is None:
+        return None
     given = {"--table": table, "--device": device, "--provider": asked.provider, "--threads": asked.threads}
     idle = [option for option, value in (given | {"--provider-option": options or None}).items() if value is not None]
     if idle:
@@ -116,15 +118,17 @@ def _timed(table: LatencyTable, where: Circumstances) -> tuple[Circumstances, li
 
 
 def _show(made: Roofline, errors: Errors, timed: Sequence[Timed]) -> None:
-    seen = {step.op_class for each in timed for step in each.work.steps}
+    seen: set[OpClass] = {step.op_class for each in timed for step in each.work.steps}
     rates = ", ".join(f"{name} {made.efficiency[name]:.2f}" for name in OP_CLASSES if name in seen)
     peaks = ", ".join(f"{rate / 1e9:.3g} GFLOP/s in {name}" for name, rate in made.peak_flops.items())
+    kinds = {kind_of(name) for name in seen}
+    overlap = ", ".join(f"{kind} {made.overlap[kind]:.2f}" for kind in KINDS if kind in kinds)
     rows = {
         "peak": peaks,
         "efficiency": rates,
         "half length": f"{made.half_length:.3g} multiply-accumulates per output",
         "bandwidth": f"{made.bandwidth / 1e9:.3g} GB/s",
-        "overlap": f"{made.overlap:.2f} (1: transfers hide behind arithmetic, 0: one follows the other)",
+        "overlap": f"{overlap} (1: transfers hide behind arithmetic, 0: one follows the other)",
         "launch": f"{made.launch_s * 1e6:.2g} us per operator",
         "fitted to": str(errors),
         "chain / layer": f"half within {errors.ratio_median:.0%} and nine tenths within {errors.ratio_p90:.0%}",

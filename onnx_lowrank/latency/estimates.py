@@ -1,4 +1,4 @@
-"""Rooflines of devices nobody measured, by data sheets and rules of thumb; `assets/estimates.toml` names the sources."""
+"""Rooflines of devices nobody measured, by data sheets and rules of thumb; `assets/estimates.toml` names sources."""
 
 from __future__ import annotations
 

@@ -1,12 +1,13 @@
 """A machine in a few numbers: the roofline model of latency (Williams, Waterman and Patterson, CACM 2009).
 
-    t(stage) = launch + compute + transfer - overlap min(compute, transfer)
+    t(stage) = launch + compute + transfer - overlap[kind] min(compute, transfer)
     compute  = 2 MACs (1 + n_half / n) / (efficiency[class] peak[type]),   n = in * prod(kernel)
     transfer = bytes(weight, input, output) / bandwidth
 
-With overlap 1 this is max(compute, transfer), the roofline proper: what accelerators do. With overlap 0 the two follow
-each other, as on a CPU whose convolutions rearrange their input first. n_half is Hockney's half-performance length:
-products of vectors that long keep the units busy for half of the time. A chain takes the sum of its stages.
+With overlap 1 this is max(compute, transfer), the roofline proper: what accelerators do, and matrix products on a CPU
+too. With overlap 0 the two follow each other, as in CPU convolutions that rearrange their input first. n_half is
+Hockney's half-performance length: products of vectors that long keep the units busy for half of the time. A chain takes
+the sum of its stages.
 
 A roofline gives estimates, never measurements; whatever is made from it says so.
 """
@@ -43,7 +44,7 @@ class Roofline:
         bandwidth: Bytes per second.
         launch_s: Seconds every operator takes whatever its size.
         efficiency: Share of the peak that the kernels of a class reach on large layers.
-        overlap: 1 where transfers hide behind arithmetic, 0 where one follows the other.
+        overlap: Of each kind of operator: 1 where transfers hide behind arithmetic, 0 where one follows the other.
         half_length: n_half, in multiply-accumulates per output.
         blocks: Channel block of each kind of operator: ranks worth a look are its multiples.
     """
@@ -54,7 +55,7 @@ class Roofline:
     bandwidth: float
     launch_s: float
     efficiency: Mapping[OpClass, float]
-    overlap: float
+    overlap: Mapping[Kind, float]
     half_length: float
     blocks: Mapping[Kind, int] = field(default_factory=dict[Kind, int])
 
@@ -81,8 +82,9 @@ class Roofline:
         peaks = np.array([self.peak_flops.get(name, self.peak_flops[FLOAT32]) for name in BYTES])[found.elem_type]
         compute = found.flops * (1 + self.half_length / found.length) / (rates * peaks)
         transfer = found.bytes / self.bandwidth
-        steps = self.launch_s + compute + transfer - self.overlap * np.minimum(compute, transfer)
-        return 1e3 * np.bincount(found.work, steps, minlength=found.count)
+        overlap = np.array([self.overlap[kind_of(name)] for name in OP_CLASSES])[found.op_class]
+        steps = self.launch_s + compute + transfer - overlap * np.minimum(compute, transfer)
+        return np.bincount(found.work, 1e3 * steps, minlength=found.count).astype(np.float64)
 
     def to_json(self) -> str:
         """For a file; `read_roofline` is the inverse."""
@@ -160,8 +162,8 @@ def roofline_of(raw: Mapping[str, Any]) -> Roofline:
     peaks = {str(name): _positive(f"peak_flops {name}", rate) for name, rate in raw["peak_flops"].items()}
     if FLOAT32 not in peaks:
         raise ValueError(f"peak_flops without {FLOAT32}")
-    overlap = float(raw["overlap"])
-    if not 0 <= overlap <= 1:
+    overlap: dict[Kind, float] = {kind: float(raw["overlap"][kind]) for kind in KINDS}
+    if not all(0 <= share <= 1 for share in overlap.values()):
         raise ValueError(f"overlap {overlap!r}")
     blocks: dict[Kind, int] = {kind: int(_positive(f"block of {kind}", raw["blocks"][kind])) for kind in KINDS}
     return Roofline(
@@ -175,6 +177,11 @@ def roofline_of(raw: Mapping[str, Any]) -> Roofline:
         half_length=_positive("half_length", raw["half_length"]),
         blocks=blocks,
     )
+
+
+def kind_of(op_class: OpClass) -> Kind:
+    """Matrix product or convolution."""
+    return "matmul" if op_class == "matmul" else "conv"
 
 
 def _positive(what: str, value: object) -> float:

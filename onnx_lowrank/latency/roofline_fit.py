@@ -15,14 +15,23 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from onnx_lowrank.errors import InputError
-from onnx_lowrank.latency.grid import Kind
+from onnx_lowrank.latency.grid import KINDS, Kind
 from onnx_lowrank.latency.roofline import OP_CLASSES, Features, Roofline, Times
 from onnx_lowrank.latency.work import BYTES, FLOAT32, Work
 
 FOLDS = 5
 FEWEST_LAYERS = 5
 _SCALE = 0.1  # residuals (of logarithms) beyond it count linearly instead of squared
-_TYPICAL = Roofline("", "", {FLOAT32: 1e11}, 1e10, 4e-6, dict.fromkeys(OP_CLASSES, 1.0), 0.5, 32.0)
+_TYPICAL = Roofline(
+    device="",
+    origin="",
+    peak_flops={FLOAT32: 1e11},
+    bandwidth=1e10,
+    launch_s=4e-6,
+    efficiency=dict.fromkeys(OP_CLASSES, 1.0),
+    overlap=dict.fromkeys(KINDS, 0.5),
+    half_length=32.0,
+)
 _RANGE = 1e5  # of every quantity, up and down from the typical one
 
 
@@ -64,7 +73,8 @@ class Errors:
 def fit(timed: Sequence[Timed], device: str, blocks: Mapping[Kind, int]) -> Roofline:
     """The roofline closest to what was measured.
 
-    Classes of operators, and element types, that were not measured run at the rate of those that were.
+    Classes of operators that were not measured are taken to be as slow as the slowest that was, other element types to
+    run at the rate of float32.
 
     Args:
         timed: At least one per quantity to be told.
@@ -116,7 +126,7 @@ def _spread(logs: Sequence[float]) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where each quantity stands in the vector that is fitted: logarithms, but for the overlap, which comes last.
+    """Where each quantity stands in the vector that is fitted: logarithms, but for the overlaps, which come last.
 
     Args:
         classes: Indices of the classes that were measured.
@@ -135,31 +145,32 @@ class _Layout:
         """A typical machine."""
         common = (_TYPICAL.bandwidth, _TYPICAL.launch_s, _TYPICAL.half_length)
         rates = [_TYPICAL.peak_flops[FLOAT32]] * len(self.classes) + [1.0] * (len(self.types) - 1)
-        return np.array([*np.log([*rates, *common]), _TYPICAL.overlap])
+        return np.array([*np.log([*rates, *common]), *_TYPICAL.overlap.values()])
 
     def bounds(self) -> tuple[Times, Times]:
         """Far around it."""
         middle, reach = self.start(), math.log(_RANGE)
         low, high = middle - reach, middle + reach
-        low[-1], high[-1] = 0.0, 1.0
+        low[-len(KINDS) :], high[-len(KINDS) :] = 0.0, 1.0
         return low, high
 
     def roofline(self, vector: Times) -> Roofline:
         """The machine that a vector stands for."""
         count = len(self.classes)
         rates = dict(zip(self.classes, np.exp(vector[:count]), strict=True))
-        peak = max(rates.values())
-        efficiency = {name: float(rates.get(i, peak) / peak) for i, name in enumerate(OP_CLASSES)}
+        peak, least = max(rates.values()), min(rates.values())
+        efficiency = {name: float(rates.get(i, least) / peak) for i, name in enumerate(OP_CLASSES)}
         factors = np.exp([0.0, *vector[count : count + len(self.types) - 1]])
         names = list(BYTES)
         peaks = {names[kind]: float(peak * factor) for kind, factor in zip(self.types, factors, strict=True)}
-        bandwidth, launch_s, half_length = np.exp(vector[-4:-1])
+        common, overlap = vector[: -len(KINDS)], vector[-len(KINDS) :]
+        bandwidth, launch_s, half_length = np.exp(common[-3:])
         return replace(
             _TYPICAL,
             peak_flops={FLOAT32: float(peak), **peaks},
             bandwidth=float(bandwidth),
             launch_s=float(launch_s),
             efficiency=efficiency,
-            overlap=float(vector[-1]),
+            overlap=dict(zip(KINDS, map(float, overlap), strict=True)),
             half_length=float(half_length),
         )

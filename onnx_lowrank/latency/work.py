@@ -23,7 +23,7 @@ from onnx_lowrank.layer import Layer, Shape, Site
 
 OpClass = Literal["conv", "conv 1x1", "conv one axis", "conv grouped", "matmul"]
 FLOAT32 = "float32"
-_TYPES = {
+_TYPES: dict[int, str] = {
     TensorProto.FLOAT: FLOAT32,
     TensorProto.FLOAT16: "float16",
     TensorProto.BFLOAT16: "bfloat16",

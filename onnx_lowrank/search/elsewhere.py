@@ -6,7 +6,6 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +102,7 @@ class Elsewhere:
         """The error for what the table does not hold."""
         return InputError(f"{self.source} without {what} on {self.where.label}", "it measured there", self.remedy)
 
-    @cached_property
+    @property
     def label(self) -> str:
         """The device, and when it was measured last, in words."""
         levels = [found for found in self.table.circumstances() if found.at("all") == self.where]

@@ -1,9 +1,9 @@
 """A device that is not here, known by a roofline alone: everything is estimated, nothing was measured.
 
 A whole model takes the sum of its layers, priced as chains are, and of all other nodes: what they move, and where their
-multiply-accumulates are known these too. Activations behind a layer are free, as are operators that only rename data and
-computations of shapes. Fusions beyond that are not known here: whole models look slower than they are, and speedups
-smaller.
+multiply-accumulates are known these too. Activations behind a layer are free, as are operators that only rename data
+and computations of shapes. Models are normalized first, as runtimes fold most of that themselves: no speedup is claimed
+for it. Other fusions are not known here: whole models look slower than they are, and the speedup of the layers smaller.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from onnx_lowrank.latency.roofline import Features, Roofline
 from onnx_lowrank.latency.turns import Clock
 from onnx_lowrank.latency.work import FLOAT32, OpClass, work_of
 from onnx_lowrank.layer import Layer, NodeShapes
+from onnx_lowrank.pass_manager import PassManager
+from onnx_lowrank.passes.normalize import DEFAULT_NORMALIZE
 from onnx_lowrank.plan import ESTIMATED
 from onnx_lowrank.search.racer import Contestant, Racer, Sample
 from onnx_lowrank.search.survey import trace
@@ -128,6 +130,7 @@ class EstimatedRaces(Racer):
     def model_ms(self, path: Path) -> float:
         """Estimated milliseconds of one run of a model."""
         graph = io.load(path)
+        PassManager(DEFAULT_NORMALIZE).run(graph)
         traced = trace(graph, self, self.folder)
         found, kept = layers(graph, traced, check=False)
         jobs = [Job(layer) for layer in found]
