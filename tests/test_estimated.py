@@ -97,9 +97,9 @@ def test_what_estimates_cannot_do_is_said(folder: Path, capsys: Captured, option
 
 def test_an_estimated_device_is_no_device_of_a_table(folder: Path, capsys: Captured) -> None:
     assert run(["plan", "model.onnx", "-o", "plan.json", "--device", "T4"]) == 2
-    assert capsys.readouterr().err.startswith(
-        "error: got your latency table with latencies of nothing; expected --device"
-    )
+    command = "onnx-lowrank latency request model.onnx -o request.zip, or plan by estimates: --estimate t4"
+    wanted = f"got your latency table with latencies of nothing; expected --device T4; measure it there: {command}"
+    assert capsys.readouterr().err == f"error: {wanted}\n"
 
 
 def test_models_take_what_their_layers_take_and_more(folder: Path) -> None:
@@ -123,16 +123,14 @@ def test_models_take_what_their_layers_take_and_more(folder: Path) -> None:
 def test_measured_and_estimated_never_share_a_column(sources: list[str]) -> None:
     layers = tuple(Choice(f"l{i}", f"l{i}", "svd", (8,), 0.5, i + 1.5, source) for i, source in enumerate(sources))
     head, rows = columns(plan_table(Plan("0" * 64, layers)))
-    names = [
-        {MEASURED: "ms", ESTIMATED: "ms (estimated)"}[source] for source in (MEASURED, ESTIMATED) if source in sources
-    ]
+    title = {MEASURED: "ms", ESTIMATED: "ms (estimated)"}
+    names = [name for source, name in title.items() if source in sources]
     assert head[4:] == names
     assert [row[4] for row in rows] == [f"{i + 1.5}" for i in range(len(sources))]
-    table = Table()
-    for choice in layers:
-        cells = LatencyColumns.added_to(table, sources).cells(choice.source, "x")
-        assert cells == ["x" if name == {MEASURED: "ms", ESTIMATED: "ms (estimated)"}[choice.source or ""] else ""
-                         for name in names]  # fmt: skip
+    added = LatencyColumns.added_to(Table(), sources)
+    for source in sources:
+        cells = dict(zip(names, added.cells(source, "x"), strict=True))
+        assert cells == {name: "x" if name == title[source] else "" for name in names}
 
 
 def test_plans_say_what_is_measured(folder: Path) -> None:

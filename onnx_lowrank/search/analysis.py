@@ -69,9 +69,7 @@ class Analysis:
         return replace(self, outcome=Outcome(kept, reached, reason))
 
 
-def analyse(
-    source: Source, settings: Settings, folder: Path, phases: Phases, there: Device | None = None
-) -> Analysis:
+def analyse(source: Source, settings: Settings, folder: Path, phases: Phases, there: Device | None = None) -> Analysis:
     """Find the best model for the goal.
 
     Args:
