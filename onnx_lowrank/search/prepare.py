@@ -52,9 +52,7 @@ def tuned_for(source: Source, settings: Settings, phases: Phases) -> Settings:
     return tuned(source.path, samples, settings, phases)
 
 
-def prepare(
-    source: Source, settings: Settings, folder: Path, phases: Phases, there: Device | None = None
-) -> Prepared:
+def prepare(source: Source, settings: Settings, folder: Path, phases: Phases, there: Device | None = None) -> Prepared:
     """Normalize the source's graph, in place, and find its layers.
 
     Args:
