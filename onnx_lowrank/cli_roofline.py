@@ -50,14 +50,14 @@ def fit_(
     """Fit a roofline to measured latencies, and say how well it foretells layers it has not seen."""
     if out is not None:
         pipeline.check_paths(out, file)
-    table = LatencyTable() if file is None else LatencyTable.in_memory()
-    if file is not None:
-        merge(table, read(file))
-    source = "your latency table" if file is None else str(file)
-    there = elsewhere(table, Choice(device, provider, (), threads), source, "measure a model there first")
-    where, timed, silent = _timed(table, there.where)
+    with LatencyTable() if file is None else LatencyTable.in_memory() as table:
+        if file is not None:
+            merge(table, read(file))
+        source = "your latency table" if file is None else str(file)
+        there = elsewhere(table, Choice(device, provider, (), threads), source, "measure a model there first")
+        where, timed, silent = _timed(table, there.where)
+        blocks: dict[Kind, int] = {kind: known_block(where, table, kind) or UNPROBED_BLOCK for kind in KINDS}
     errors = cross_validated(timed)
-    blocks: dict[Kind, int] = {kind: known_block(where, table, kind) or UNPROBED_BLOCK for kind in KINDS}
     made = replace(fit(timed, f"{where.label}, level {where.level}", blocks), origin=f"fitted to {errors}")
     if out is not None:
         io.write_text(out, made.to_json())

@@ -93,8 +93,13 @@ def work_of(layer: Layer, chain: Chain | None, site: Site) -> Work:
     stages = (chain or Chain.unfactored(layer.shape)).stages
     sizes = _spatial(layer, stages, site)
     weights = [stage.weight for stage in stages]
-    elem_type = _TYPES.get(layer.form.elem_type, FLOAT32)
-    return Work(_layer_words(layer, site), elem_type, _steps(weights, sizes, site.input_shape, site.output_shape))
+    steps = _steps(weights, sizes, site.input_shape, site.output_shape)
+    return Work(_layer_words(layer, site), elem_type_of(layer), steps)
+
+
+def elem_type_of(layer: Layer) -> str:
+    """Name of the layer's element type."""
+    return _TYPES.get(layer.form.elem_type, FLOAT32)
 
 
 def in_words(layer: Layer, chain: Chain | None, site: Site) -> str:
@@ -131,7 +136,7 @@ def read_work(words: str) -> Work | None:
 
 
 def _layer_words(layer: Layer, site: Site) -> str:
-    kind = _TYPES.get(layer.form.elem_type, FLOAT32)
+    kind = elem_type_of(layer)
     named = layer.form.op if kind == FLOAT32 else f"{layer.form.op} {kind}"
     return f"{named} {layer.shape} at {_by(site.input_shape)} to {_by(site.output_shape)}"
 

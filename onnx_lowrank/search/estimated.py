@@ -23,7 +23,7 @@ from onnx_lowrank.latency.measure import Paired, Timing
 from onnx_lowrank.latency.messages import Subject
 from onnx_lowrank.latency.roofline import Features, Roofline
 from onnx_lowrank.latency.turns import Clock
-from onnx_lowrank.latency.work import FLOAT32, OpClass, work_of
+from onnx_lowrank.latency.work import FLOAT32, OpClass, elem_type_of, work_of
 from onnx_lowrank.layer import Layer, NodeShapes
 from onnx_lowrank.pass_manager import PassManager
 from onnx_lowrank.passes.normalize import DEFAULT_NORMALIZE
@@ -135,7 +135,7 @@ class EstimatedRaces(Racer):
         found, kept = layers(graph, traced, check=False)
         jobs = [Job(layer) for layer in found]
         prices = EstimatedPrices(self.roofline).price(jobs)
-        kinds = [work_of(layer, None, layer.sites[0]).elem_type for layer in found if layer.sites]
+        kinds = [elem_type_of(layer) for layer in found]
         kind = max(kinds, key=kinds.count, default=FLOAT32)
         macs = sum(2e3 * node.macs / self.roofline.rate(_op_class(node.op), kind) for node in kept)
         priced = {node for layer in found for node in layer.nodes}
