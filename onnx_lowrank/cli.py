@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 
-from onnx_lowrank import cli_latency, inspection, pipeline
+from onnx_lowrank import cli_latency, cli_roofline, inspection, pipeline
 from onnx_lowrank.catalogue import catalogue
 from onnx_lowrank.cli_options import (
     AllocatorOption,
@@ -29,6 +29,7 @@ from onnx_lowrank.cli_options import (
     CalibrationOption,
     DeviceOption,
     ErrorMetricOption,
+    EstimateOption,
     EvalOption,
     FallbackOption,
     JsonOption,
@@ -63,7 +64,7 @@ from onnx_lowrank.cli_options import (
 )
 from onnx_lowrank.data import read_samples
 from onnx_lowrank.demo import run_demo
-from onnx_lowrank.display import catalogue_table, phases_on
+from onnx_lowrank.display import catalogue_table, phases_on, plan_table
 from onnx_lowrank.divergence import first_divergence
 from onnx_lowrank.doctor import diagnose
 from onnx_lowrank.doctor import render as render_findings
@@ -76,6 +77,7 @@ from onnx_lowrank.profile.sweep import parse_sweep
 from onnx_lowrank.report.model import folder_for
 from onnx_lowrank.report.terminal import show
 from onnx_lowrank.request import settings_of
+from onnx_lowrank.search.device import Device
 from onnx_lowrank.signature import signature_of
 from onnx_lowrank.validation import compare, render
 
@@ -196,6 +198,7 @@ def plan(
     threads: ThreadsOption = None,
     table: TableOption = None,
     device: DeviceOption = None,
+    estimate: EstimateOption = None,
     shape: ShapeOption = None,
     passes: PassesOption = None,
     allocator: AllocatorOption = None,
@@ -212,7 +215,8 @@ def plan(
     asked = given(locals(), recipe)
     settings = settings_of(asked, provider_option or ())
     pipeline.check_paths(out, model, settings.calibration, settings.eval, recipe, table)
-    there = cli_latency.chosen_device(table, asked, device, provider_option or (), model)
+    there: Device | None = cli_roofline.estimated_device(estimate, table, device, asked, provider_option or ())
+    there = there or cli_latency.chosen_device(table, asked, device, provider_option or (), model)
     outcome = pipeline.plan(model, settings, phases_on(_err), beside=(out,), there=there)
     made = outcome.best.plan
     io.write_text(out, made.to_json())
@@ -221,6 +225,7 @@ def plan(
         f"{count} of {len(made.layers)} layers to be factorized; written to {out}", markup=False, highlight=False
     )
     if there is not None:
+        _out.print(plan_table(made))
         _out.print(outcome.reason, markup=False, highlight=False, soft_wrap=True)
     if not outcome.reached:
         raise GoalNotReachedError(outcome.reason, str(settings.goal), f"the best plan found is in {out}")

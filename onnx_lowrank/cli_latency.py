@@ -35,6 +35,7 @@ from onnx_lowrank.display import phases_on
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.graph import io
 from onnx_lowrank.latency.circumstances import Circumstances
+from onnx_lowrank.latency.estimates import shipped
 from onnx_lowrank.latency.table import LatencyTable
 from onnx_lowrank.latency.table_file import Section, merge, read, sections, to_json
 from onnx_lowrank.latency_request import SCRIPT, write_request
@@ -152,6 +153,8 @@ def chosen_device(
         return None
     choice = Choice(device, asked.provider, provider_options(options), asked.threads)
     remedy = f"measure it there: {_request_command(model, asked, options)}"
+    if (device or "").lower() in shipped():
+        remedy += f", or plan by estimates: --estimate {(device or '').lower()}"
     if file is None:
         return elsewhere(LatencyTable(), choice, "your latency table", remedy)
     table = LatencyTable.in_memory()

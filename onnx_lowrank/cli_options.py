@@ -90,6 +90,13 @@ TableOption = Annotated[
     Path | None,
     typer.Option(help="Plan by the latencies in this file alone; nothing is timed here.", rich_help_panel=TARGET),
 ]
+EstimateOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Plan by estimates, without any measurement: a name (see `latency estimates`) or a file of `latency fit`.",
+        rich_help_panel=TARGET,
+    ),
+]
 FallbackOption = Annotated[
     bool, typer.Option(help="Let nodes run on the CPU that the provider cannot take.", rich_help_panel=TARGET)
 ]

@@ -11,7 +11,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from onnx_lowrank.catalogue import catalogue
+from onnx_lowrank.plan import Plan
 from onnx_lowrank.progress import Advance, Phases
+from onnx_lowrank.report.latency_columns import LatencyColumns
 
 
 def phases_on(console: Console) -> Phases:
@@ -43,4 +45,21 @@ def catalogue_table() -> Table:
     for entry in catalogue():
         options = ", ".join(f"{option.name}={option.default} ({option.kind})" for option in entry.options)
         table.add_row(escape(entry.name), entry.kind, escape(options), escape(entry.description))
+    return table
+
+
+def plan_table(plan: Plan) -> Table:
+    """What every layer that does not stay as it is becomes, and what that is said to take."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("layer", overflow="fold")
+    for name in ("becomes", "rank"):
+        table.add_column(name)
+    table.add_column("error", justify="right")
+    changed = [choice for choice in plan.layers if not choice.keeps]
+    latencies = LatencyColumns.added_to(table, [choice.source for choice in changed])
+    for choice in changed:
+        ms = "" if choice.predicted_ms is None else f"{choice.predicted_ms:.3g}"
+        rank = "x".join(map(str, choice.rank))
+        cells = latencies.cells(choice.source, ms)
+        table.add_row(escape(choice.node), choice.method, rank, f"{choice.predicted_error:.3f}", *cells)
     return table

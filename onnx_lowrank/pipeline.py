@@ -31,7 +31,7 @@ from onnx_lowrank.report.assemble import assemble
 from onnx_lowrank.report.model import Report
 from onnx_lowrank.search.analysis import analyse
 from onnx_lowrank.search.attempt import Outcome
-from onnx_lowrank.search.elsewhere import Elsewhere
+from onnx_lowrank.search.device import Device
 from onnx_lowrank.search.prepare import tuned_for
 from onnx_lowrank.search.source import Source, read_source
 from onnx_lowrank.settings import Settings
@@ -96,11 +96,11 @@ def plan(
     phases: Phases | None = None,
     *,
     beside: Collection[Path] = (),
-    there: Elsewhere | None = None,
+    there: Device | None = None,
 ) -> Outcome:
     """What `optimize` would realise; no model is written. The plan is `outcome.best.plan`.
 
-    With `there`, for that device, by its latency table alone; what is run here, for errors, runs on the CPU.
+    With `there`, for that device, by what is known of it; what is run here, for errors, runs on the CPU.
 
     Raises:
         InputError: for input that cannot be used.
@@ -110,7 +110,7 @@ def plan(
         require_provider(settings.target)
     else:
         if isinstance(settings.goal, KeepMacs | KeepParams):
-            got, do = f"--{settings.goal} for {there.source}", "leave --table and --device out"
+            got, do = f"--{settings.goal} for {there.source}", "leave --table, --device and --estimate out"
             raise InputError(got, "a goal that time decides", f"no latency decides a goal of size: {do}")
         settings = replace(settings, target=there.planning(settings.target.shapes))
     with phases.phase("read"):

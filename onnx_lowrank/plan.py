@@ -13,6 +13,7 @@ from onnx_lowrank.decomposition import Rank
 from onnx_lowrank.errors import InputError
 
 KEEP = "keep"
+MEASURED, ESTIMATED = "measured", "estimated"
 DATA_FREE, CALIBRATED, REFIT = "data-free", "calibrated", "refit"
 
 
@@ -26,7 +27,8 @@ class Choice:
         method: Name of a decomposition, or "keep".
         rank: Empty for "keep".
         predicted_error: Relative Frobenius error of the weight; 0 for "keep".
-        predicted_ms: Milliseconds per run, chain and following activation; None where it was not measured.
+        predicted_ms: Milliseconds per run, chain and following activation; None where nothing is known.
+        source: Whether `predicted_ms` was "measured" or "estimated"; None without it, and in plans of earlier versions.
     """
 
     key: str
@@ -35,6 +37,7 @@ class Choice:
     rank: Rank = ()
     predicted_error: float = 0.0
     predicted_ms: float | None = None
+    source: str | None = None
 
     @property
     def keeps(self) -> bool:
@@ -66,7 +69,8 @@ class Plan:
         layers: One choice per layer.
         fit: How the arrays come about: "data-free", from the weights alone; "calibrated", for the inputs the samples
             give; "refit", fitted to the original's outputs on them.
-        planned_for: The device whose latencies it was planned by, in words, where it is not the machine that planned.
+        planned_for: The device it was planned for and how its latencies are known, in words; empty for the machine that
+            made the plan.
     """
 
     model_sha256: str
@@ -149,7 +153,9 @@ def _choice(item: dict[str, Any]) -> Choice:
     rank = tuple(item["rank"])
     if not all(isinstance(r, int) and not isinstance(r, bool) and r > 0 for r in rank):
         raise ValueError(f"rank {list(rank)} of layer {item['key']}")
-    ms = item.get("predicted_ms")
+    ms, source = item.get("predicted_ms"), item.get("source")
+    if source not in {None, MEASURED, ESTIMATED}:
+        raise ValueError(f"source {source!r} of layer {item['key']}")
     return Choice(
         key=str(item["key"]),
         node=str(item["node"]),
@@ -157,4 +163,5 @@ def _choice(item: dict[str, Any]) -> Choice:
         rank=rank,
         predicted_error=float(item.get("predicted_error", 0.0)),
         predicted_ms=None if ms is None else float(ms),
+        source=source,
     )

@@ -163,7 +163,7 @@ def test_a_goal_of_size_needs_no_table(folder: Path, capsys: Captured) -> None:
     capsys.readouterr()
     assert run(["plan", "model.onnx", "-o", "p.json", "--keep-macs", "0.5", "--table", "table.json"]) == 2
     said = "got --keep-macs 0.5 for table.json; expected a goal that time decides"
-    advice = "no latency decides a goal of size: leave --table and --device out"
+    advice = "no latency decides a goal of size: leave --table, --device and --estimate out"
     assert capsys.readouterr().err == f"error: {said}; {advice}\n"
 
 

@@ -23,8 +23,10 @@ from onnx_lowrank.latency.circumstances import Circumstances
 from onnx_lowrank.latency.measure import DISTURBED_SHARE, Until, steady_clock
 from onnx_lowrank.latency.messages import Contest, Finished, Subject
 from onnx_lowrank.latency.table import LatencyTable, Record
+from onnx_lowrank.latency.work import in_words
 from onnx_lowrank.layer import Layer, Site
 from onnx_lowrank.micro_model import chain_model
+from onnx_lowrank.plan import MEASURED
 from onnx_lowrank.runtime import UnsupportedTypeError
 from onnx_lowrank.target import Target
 
@@ -67,11 +69,13 @@ class Pricer(Protocol):
     """What knows the prices of chains.
 
     Attributes:
+        source: Whether they are "measured" or "estimated".
         timed: Pieces (chain at a site) timed so far.
         disturbed: How many of them other work disturbed.
         dropped: Chains without a price.
     """
 
+    source: str
     timed: int
     disturbed: int
     dropped: list[Dropped]
@@ -92,13 +96,6 @@ def chain_key(layer: Layer, chain: Chain | None, site: Site) -> str:
     return hashlib.sha256(what.encode()).hexdigest()
 
 
-def in_words(layer: Layer, chain: Chain | None, site: Site) -> str:
-    """The same for a reader."""
-    dims = "x".join(map(str, site.input_shape))
-    became = "" if chain is None else f": {chain.method} {' '.join('x'.join(map(str, s.weight)) for s in chain.stages)}"
-    return f"{layer.form.op} {layer.shape} at {dims}{became}"
-
-
 class ChainTimer:
     """Prices chains on one target.
 
@@ -113,6 +110,8 @@ class ChainTimer:
         disturbed: Those of them that were timed beside other work on the machine.
         dropped: Chains that could not be timed.
     """
+
+    source = MEASURED
 
     def __init__(self, target: Target, table: LatencyTable, level: str = "all", child: Child | None = None) -> None:
         self.target, self.table, self.level = target, table, level

@@ -67,6 +67,7 @@ def assemble(analysis: Analysis, settings: Settings, path: Path, phases: Phases)
             best.chosen,
             _names(analysis),
             by_time=not isinstance(settings.goal, KeepMacs | KeepParams),
+            source=analysis.timer.source,
             refitted=refitted,
             put_back=analysis.outcome.put_back,
         ),

@@ -20,6 +20,7 @@ def layer_rows(
     names: Mapping[str, str],
     *,
     by_time: bool,
+    source: str,
     refitted: Mapping[str, Refitted] | None = None,
     put_back: Collection[str] = (),
 ) -> tuple[LayerRow, ...]:
@@ -31,6 +32,7 @@ def layer_rows(
         chosen: The choice for every factorable layer.
         names: Node key -> the name the user knows, in graph order.
         by_time: Whether a chain had to be faster than its layer.
+        source: Whether latencies were "measured" or "estimated".
         put_back: Keys of layers whose chains were taken out of the finished model again.
         refitted: Errors with the inputs of the compressed network, by layer key.
     """
@@ -39,7 +41,7 @@ def layer_rows(
     for row in rows:
         choice = choices.get(row.layer.key, row.keep)
         for node in row.layer.nodes:
-            made = _layer_row(row, choice, names.get(node, node), by_time=by_time)
+            made = _layer_row(row, choice, names.get(node, node), by_time=by_time, source=source)
             if row.layer.key in put_back:
                 made = replace(made, reason="put back: the finished model is no slower without its chain")
             found[node] = _with_refit(made, (refitted or {}).get(row.layer.key))
@@ -66,7 +68,7 @@ def _kept_row(kept: Kept) -> LayerRow:
     )
 
 
-def _layer_row(row: Row, choice: Candidate, name: str, *, by_time: bool) -> LayerRow:
+def _layer_row(row: Row, choice: Candidate, name: str, *, by_time: bool, source: str) -> LayerRow:
     layer, share = row.layer, 1 / len(row.layer.nodes)
     before, after = row.keep.ms, choice.ms
     return LayerRow(
@@ -85,7 +87,7 @@ def _layer_row(row: Row, choice: Candidate, name: str, *, by_time: bool) -> Laye
         latency_ms_before=None if before is None else before * share,
         latency_ms_after=None if after is None else after * share,
         predicted_loss=choice.loss,
-        source=None if before is None else "measured",
+        source=None if before is None else source,
     )
 
 

@@ -41,7 +41,7 @@ def folder_for(report: Path | None) -> Generator[None]:
 class LayerRow:
     """One weight-bearing node: the decision and the reason in words. Latencies are per run of the model.
 
-    `source` is "measured" where there are latencies, else None.
+    `source` is "measured" or "estimated" where there are latencies, else None.
     """
 
     name: str

@@ -7,10 +7,11 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from onnx_lowrank.report.latency_columns import LatencyColumns
 from onnx_lowrank.report.model import LayerRow, Report
 
-COLUMNS = ("layer", "op", "shape", "became", "rank", "error", "MACs", "ms")
-NUMERIC = {"error", "MACs", "ms"}
+COLUMNS = ("layer", "op", "shape", "became", "rank", "error", "MACs")
+NUMERIC = {"error", "MACs"}
 NAMES_SHOWN = 4
 
 
@@ -29,18 +30,19 @@ def _factorized(report: Report) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in COLUMNS:
         table.add_column(name, justify="right" if name in NUMERIC else "left", overflow="fold", no_wrap=name in NUMERIC)
-    for row in report.layers:
-        if row.decision == "factorized":
-            table.add_row(
-                escape(row.name),
-                row.op,
-                row.shape,
-                Text(row.method, style="green"),
-                "x".join(map(str, row.rank)),
-                f"{row.error:.3f}" if row.error_refit is None else f"{row.error:.3f} -> {row.error_refit:.3f}",
-                f"x{row.macs_after / row.macs_before:.2f}" if row.macs_before else "",
-                _before_after(row.latency_ms_before, row.latency_ms_after),
-            )
+    rows = [row for row in report.layers if row.decision == "factorized"]
+    latencies = LatencyColumns.added_to(table, [row.source for row in rows])
+    for row in rows:
+        table.add_row(
+            escape(row.name),
+            row.op,
+            row.shape,
+            Text(row.method, style="green"),
+            "x".join(map(str, row.rank)),
+            f"{row.error:.3f}" if row.error_refit is None else f"{row.error:.3f} -> {row.error_refit:.3f}",
+            f"x{row.macs_after / row.macs_before:.2f}" if row.macs_before else "",
+            *latencies.cells(row.source, _before_after(row.latency_ms_before, row.latency_ms_after)),
+        )
     return table
 
 

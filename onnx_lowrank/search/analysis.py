@@ -21,7 +21,8 @@ from onnx_lowrank.progress import Phases
 from onnx_lowrank.runtime import versions
 from onnx_lowrank.search.attempt import Attempt, Outcome
 from onnx_lowrank.search.bench import Bench
-from onnx_lowrank.search.elsewhere import Elsewhere, remember_models
+from onnx_lowrank.search.device import Device
+from onnx_lowrank.search.elsewhere import remember_models
 from onnx_lowrank.search.factorizations import FactorizationCache
 from onnx_lowrank.search.foresight import Foresight
 from onnx_lowrank.search.loop import Loop
@@ -61,16 +62,14 @@ class Analysis:
     def keeping_all(self, reason: str, *, reached: bool) -> Analysis:
         """The same with the original as it is, for when the best model found must not be written."""
         best, chosen = self.outcome.best, tuple(row.keep for row in self.rows if row.factorable)
-        plan = replace(_plan(self.source, self.ready, chosen, DATA_FREE), passes=())
+        plan = replace(_plan(self.source, self.ready, chosen, DATA_FREE, self.timer.source), passes=())
         path, record = self.bench.realise(plan)
         dense_ms = best.predicted_ms / best.predicted_share
         kept = Attempt(chosen, plan, path, record, predicted_ms=dense_ms, predicted_share=1.0)
         return replace(self, outcome=Outcome(kept, reached, reason))
 
 
-def analyse(
-    source: Source, settings: Settings, folder: Path, phases: Phases, there: Elsewhere | None = None
-) -> Analysis:
+def analyse(source: Source, settings: Settings, folder: Path, phases: Phases, there: Device | None = None) -> Analysis:
     """Find the best model for the goal.
 
     Args:
@@ -78,7 +77,7 @@ def analyse(
         settings: Options.
         folder: For trial models.
         phases: Timed and shown.
-        there: Plan for this device, by its latency table alone; nothing is timed then.
+        there: Plan for this device, by what is known of it; nothing is timed then.
 
     Raises:
         LowRankError: as its parts do.
@@ -100,7 +99,7 @@ def analyse(
     fit = DATA_FREE if table is None else REFIT if settings.refit else CALIBRATED
 
     def plan_of(chosen: Sequence[Candidate]) -> Plan:
-        return replace(_plan(source, ready, chosen, fit), planned_for=there.label if there else "")
+        return replace(_plan(source, ready, chosen, fit, timer.source), planned_for=there.label if there else "")
 
     def error_of(model: Path) -> float:
         if drop is not None:
@@ -119,7 +118,7 @@ def analyse(
         allocator = ALLOCATORS[settings.allocator]
         prediction = _prediction(rows, baseline.timings[1].median_ms, ready, timer)
         parts = (bench, prediction, baseline, allocator, ready.original, ready.normalized, plan_of, error_of)
-        loop = Foresight(*parts, planned_for=there.label) if there else Loop(*parts)
+        loop = Foresight(*parts, planned_for=there.label, source=timer.source) if there else Loop(*parts)
         outcome = loop.run(settings.goal, *totals(settings, found, rows, source.graph))
     return Analysis(source, ready, rows, bench, timer, outcome)
 
@@ -135,9 +134,11 @@ def _prediction(rows: Sequence[Row], normalized_ms: float, ready: Prepared, time
     return Prediction(rows, normalized_ms, drift)
 
 
-def _plan(source: Source, ready: Prepared, chosen: Sequence[Candidate], fit: str) -> Plan:
+def _plan(source: Source, ready: Prepared, chosen: Sequence[Candidate], fit: str, known: str) -> Plan:
     nodes = {layer.key: layer.nodes[0] for layer in ready.survey.layers}
-    choices = tuple(Choice(c.key, nodes[c.key], c.method, c.rank, c.error, c.ms) for c in chosen)
+    choices = tuple(
+        Choice(c.key, nodes[c.key], c.method, c.rank, c.error, c.ms, None if c.ms is None else known) for c in chosen
+    )
     graph_passes = [PassSpec(record.name, record.options) for record in ready.records]
     used = {c.method for c in chosen}
     methods = ready.methods.values()

@@ -6,7 +6,6 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from onnx_lowrank.latency.table import MODEL, LatencyTable, Record
 from onnx_lowrank.latency.table_file import day
 from onnx_lowrank.latency.turns import Clock
 from onnx_lowrank.layer import Layer
+from onnx_lowrank.plan import MEASURED
 from onnx_lowrank.search.racer import Contestant, Racer, Sample
 from onnx_lowrank.target import InputShapes, Target
 
@@ -61,7 +61,7 @@ class Choice:
 
 @dataclass(frozen=True, eq=False)
 class Elsewhere:
-    """The device planned for.
+    """The device planned for; see `Device`.
 
     Args:
         table: Latencies.
@@ -90,6 +90,10 @@ class Elsewhere:
         """The chains timed there, at this optimization level."""
         return RememberedPrices(self, level)
 
+    def racer(self, target: Target, samples: Sequence[Sample], folder: Path, *, as_float32: bool) -> Racer:
+        """Whole models timed there."""
+        return RememberedRaces(target, samples, folder, as_float32=as_float32, there=self)
+
     def planning(self, shapes: tuple[InputShapes, ...]) -> Target:
         """What stands in for the device here, where the model is only looked at: its levels, on the CPU."""
         return Target(levels=self.where.target().levels, shapes=shapes)
@@ -98,7 +102,7 @@ class Elsewhere:
         """The error for what the table does not hold."""
         return InputError(f"{self.source} without {what} on {self.where.label}", "it measured there", self.remedy)
 
-    @cached_property
+    @property
     def label(self) -> str:
         """The device, and when it was measured last, in words."""
         levels = [found for found in self.table.circumstances() if found.at("all") == self.where]
@@ -129,6 +133,8 @@ def elsewhere(table: LatencyTable, choice: Choice, source: str, remedy: str) -> 
 
 class RememberedPrices:
     """Prices of chains from the table alone; what is not in it is dropped. See `ChainTimer` for the rest."""
+
+    source = MEASURED
 
     def __init__(self, there: Elsewhere, level: str) -> None:
         self._there, self._where = there, there.where.at(level)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from onnx_lowrank.candidates import Candidate
 from onnx_lowrank.goals import Goal
+from onnx_lowrank.plan import ESTIMATED
 from onnx_lowrank.search.attempt import Attempt, Outcome
 from onnx_lowrank.search.loop import AIM, Loop
 from onnx_lowrank.search.prediction import Prediction
@@ -18,9 +19,11 @@ class Foresight(Loop):
 
     Args:
         planned_for: The device, in words.
+        source: Whether its latencies were "measured" there or are "estimated".
     """
 
     planned_for: str
+    source: str
 
     def _fast_enough(self, goal: Goal) -> Outcome:
         wanted = self._wanted(goal, self.baseline)
@@ -40,5 +43,6 @@ class Foresight(Loop):
     def _foretold(self, attempt: Attempt, found: str, *, reached: bool) -> Outcome:
         before, ms = self.baseline.timings[0].median_ms, attempt.predicted_ms
         # The goal of one that keeps all layers may still be out of reach: the same sentence says how far.
-        speed = f"{ms:.3g} ms predicted, not measured, {before / ms:.3f}x as fast as the original"
+        how = "estimated" if self.source == ESTIMATED else "predicted, not measured"
+        speed = f"{ms:.3g} ms {how}, {before / ms:.3f}x as fast as the original"
         return Outcome(attempt, reached, f"{found}{speed}, on {self.planned_for}")

@@ -13,7 +13,7 @@ from onnx_lowrank.layer import Kept, Layer
 from onnx_lowrank.pass_manager import PassRecord
 from onnx_lowrank.passes.normalize import DEFAULT_NORMALIZE, MEASURED_NORMALIZE
 from onnx_lowrank.progress import Phases
-from onnx_lowrank.search.elsewhere import Elsewhere, RememberedRaces
+from onnx_lowrank.search.device import Device
 from onnx_lowrank.search.racer import Contestant, Racer
 from onnx_lowrank.search.source import Source
 from onnx_lowrank.search.survey import Survey, make_samples, normalize, runs_natively, survey
@@ -52,9 +52,7 @@ def tuned_for(source: Source, settings: Settings, phases: Phases) -> Settings:
     return tuned(source.path, samples, settings, phases)
 
 
-def prepare(
-    source: Source, settings: Settings, folder: Path, phases: Phases, there: Elsewhere | None = None
-) -> Prepared:
+def prepare(source: Source, settings: Settings, folder: Path, phases: Phases, there: Device | None = None) -> Prepared:
     """Normalize the source's graph, in place, and find its layers.
 
     Args:
@@ -62,7 +60,7 @@ def prepare(
         settings: Options.
         folder: For the normalized model.
         phases: Timed and shown.
-        there: The device whose latencies count instead of this machine's.
+        there: The device that counts instead of this machine.
 
     Raises:
         LowRankError: if the model does not run on the target, a pass fails, or a weight is not finite.
@@ -74,7 +72,7 @@ def prepare(
         if there is None:
             racer = Racer(settings.target, samples, folder, as_float32=not native)
         else:
-            racer = RememberedRaces(settings.target, samples, folder, as_float32=not native, there=there)
+            racer = there.racer(settings.target, samples, folder, as_float32=not native)
         # A search of a second must not spend eight on one race.
         racer.seconds = min(racer.seconds, settings.time_limit or racer.seconds)
         original = racer.best_level(source.path)

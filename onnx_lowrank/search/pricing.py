@@ -22,7 +22,7 @@ from onnx_lowrank.layer import Layer
 from onnx_lowrank.progress import Phases
 from onnx_lowrank.runtime import versions
 from onnx_lowrank.search.calibrated import PROBE_VERSION, CalibratedTable, Calibration
-from onnx_lowrank.search.elsewhere import Elsewhere
+from onnx_lowrank.search.device import Device
 from onnx_lowrank.search.factorizations import FactorizationCache
 from onnx_lowrank.search.prediction import NEIGHBOUR, size_problem
 from onnx_lowrank.search.prepare import Prepared
@@ -41,7 +41,7 @@ def candidates(
     settings: Settings,
     cache: FactorizationCache,
     phases: Phases,
-    there: Elsewhere | None = None,
+    there: Device | None = None,
 ) -> tuple[list[Row], Pricer, CalibratedTable | None]:
     """Decompose, calibrate where there are samples, and time every candidate the goal could choose.
 

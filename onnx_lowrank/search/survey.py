@@ -127,20 +127,28 @@ def survey(graph: Graph, racer: Racer, folder: Path) -> Survey:
     Raises:
         InputError: if the model cannot be run on the samples, or a weight is not finite.
     """
+    found, kept = layers(graph, trace(graph, racer, folder))
+    return Survey(graph, tuple(found), tuple(kept))
+
+
+def trace(graph: Graph, racer: Racer, folder: Path) -> dict[str, list[NodeShapes]]:
+    """The shapes every node meets on the racer's samples, by the node's key; inferred where the model does not run.
+
+    Raises:
+        InputError: if the model cannot be run on the samples.
+    """
     named = Graph(keys.traceable(graph), graph.folder, graph.external)
     path = folder / "traced.onnx"
     io.save(named, path)
     try:
-        traced = _run_all(racer.runnable(path), racer)
+        return _run_all(racer.runnable(path), racer)
     except runtime.UnsupportedTypeError as error:
         logger.warning("shapes are inferred: %s", error)
         sizes = {name: array.shape for name, array in racer.samples[0].feeds.items()}
-        traced = shapes_as_trace(graph, inferred_shapes(graph, sizes))
+        return shapes_as_trace(graph, inferred_shapes(graph, sizes))
     finally:
         for leftover in folder.glob("traced.onnx*"):
             leftover.unlink()
-    found, kept = layers(graph, traced)
-    return Survey(graph, tuple(found), tuple(kept))
 
 
 def runs_natively(path: Path, target: Target) -> tuple[bool, tuple[str, ...]]:
