@@ -10,7 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnx_lowrank.allocators import ALLOCATORS, energy, full_rank, knapsack, minimax
+from onnx_lowrank.allocators import ALLOCATORS
+from onnx_lowrank.allocators.energy import energy
+from onnx_lowrank.allocators.full_rank import full_rank
+from onnx_lowrank.allocators.knapsack import knapsack
+from onnx_lowrank.allocators.minimax import minimax
 from onnx_lowrank.candidates import Candidate, Problem
 
 Choice = tuple[Candidate, ...]
