@@ -60,7 +60,7 @@ def _alternated(problem: Problem, error: Error) -> tuple[Candidate, ...]:
                 _local(problem, layer, at, family, error)
                 for layer, at, family in zip(layers, chosen, families, strict=True)
             ]
-    return best
+    return best if problem.fits(best) else problem.cheapest()
 
 
 def _families(options: Sequence[Candidate]) -> Families:
@@ -93,7 +93,6 @@ def _local(problem: Problem, layer: Families, at: Candidate, family: Family | No
     return min(within)[2] if within else family
 
 
-def _standing(problem: Problem, chosen: Sequence[Candidate], error: Error) -> tuple[float, float, float]:
+def _standing(problem: Problem, chosen: Sequence[Candidate], error: Error) -> tuple[bool, float, float]:
     """Least is best: within the budget first, then the largest error, then the cost."""
-    cost = problem.total(chosen)
-    return max(cost - problem.budget, 0.0), max(map(error, chosen), default=0.0), cost
+    return not problem.fits(chosen), max(map(error, chosen), default=0.0), problem.total(chosen)

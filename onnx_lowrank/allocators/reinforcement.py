@@ -27,7 +27,7 @@ COST_WEIGHT = 0.1
 # Logits fall by this much per step away from the knapsack's choice.
 FOCUS = 1.0
 # Episodes per measurement: a policy that has settled repeats itself, and is done.
-REPEATS = 5
+REPEATS = 3
 _SMALLEST = 1e-12
 Vector = NDArray[np.float64]
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
 
 # Proposals per measurement: once a search repeats itself that often it is over.
-REPEATS = 5
+REPEATS = 3
 Objectives = Callable[[float, float], tuple[float, ...]]
 
 
