@@ -16,7 +16,7 @@ of every one that is kept, 2 tau(x) = x - 1 - alpha + sqrt((x - 1 - alpha)^2 - 4
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -76,10 +76,6 @@ class Measures:
             energy_ranks=tuple(energy_rank(pooled, share) for share in ENERGIES),
             evb_rank=evb_rank(values, shape),
         )
-
-    def to_dict(self) -> dict[str, object]:
-        """Plain values for JSON."""
-        return asdict(self)
 
 
 def effective_rank(values: Array) -> float:

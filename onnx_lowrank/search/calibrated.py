@@ -6,15 +6,15 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from onnx_lowrank.calibration.moments import Accumulator, Moments, output_energy
+from onnx_lowrank.calibration.input_moments import InputMoments
+from onnx_lowrank.calibration.moments import output_energy
 from onnx_lowrank.calibration.samples import Samples
 from onnx_lowrank.calibration.stops import Stop, stops
-from onnx_lowrank.calibration.unfold import Unfolding, rows_per_sample
-from onnx_lowrank.calibration.walk import INPUTS, Cut, Front, Route, route
+from onnx_lowrank.calibration.walk import INPUTS, Front, Route, route
 from onnx_lowrank.candidates import Candidate
 from onnx_lowrank.chain import Fit
 from onnx_lowrank.decomposition import Decomposition, Rank
@@ -93,12 +93,12 @@ class CalibratedTable:
         made: dict[str, Row] = {}
         with tempfile.TemporaryDirectory(prefix="calibrate-", dir=self.calibration.folder) as room:
             probes = self._probes(path, Path(room))
-            shared: dict[tuple[str, Hashable], Moments] = {}
+            inputs = InputMoments(self.stops, path, len(self.calibration.samples.fit))
             for number, cut in enumerate(path.cuts):
                 layer = self.stops[cut.key].layer
                 with self.phases.phase("moments"):
                     probes.front.advance(self.graph, path.fronts[number])
-                    moments = self._moments(probes, cut, shared)
+                    moments = inputs.at(number, probes.front, probes.fitting)
                 with self.phases.phase("decompose"):
                     gram = moments.shrunk(centred=self.stops[cut.key].centred)
                     made[layer.key] = self._row(layer, gram)
@@ -106,9 +106,6 @@ class CalibratedTable:
                 self.means[layer.key] = moments.mean
                 with self.phases.phase("sensitivity"):
                     made[layer.key] = self._probed(made[layer.key], probes, number)
-                left = {later.x for later in path.cuts[number + 1 :]}
-                for key in [key for key in shared if key[0] not in left]:
-                    del shared[key]
             made.update(self._others(made, path, Path(room)))
         return [made[layer.key] for layer in self.layers]
 
@@ -132,19 +129,6 @@ class CalibratedTable:
 
     def _row(self, layer: Layer, gram: Array | None = None) -> Row:
         return row_of(layer, tuple(self.methods.values()), self.grid_of(layer), self.cache, gram=gram)
-
-    def _moments(self, probes: Probes, cut: Cut, shared: dict[tuple[str, Hashable], Moments]) -> Moments:
-        """Moments of a layer's input, or those of another layer that reads it in the same way."""
-        layer, samples = self.stops[cut.key].layer, self.calibration.samples
-        unfolding = Unfolding(layer.form, layer.shape, rows_per_sample(layer.shape, len(samples.fit)))
-        key = (cut.x, unfolding.reading)
-        if key not in shared:
-            shape = layer.shape
-            sums = Accumulator(shape.groups, shape.inputs)
-            for batch in probes.fitting:
-                sums.add(unfolding.rows(probes.front.value(cut.x, batch)))
-            shared[key] = sums.moments()
-        return shared[key]
 
     def _probes(self, path: Route, room: Path) -> Probes:
         """The start of the walk, and the original's outputs on the samples that are probed with."""
