@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from onnx_lowrank.chain import Chain
 from onnx_lowrank.decomposition import Decomposition, Factorization, Rank
-from onnx_lowrank.layer import Layer, LayerShape
+from onnx_lowrank.layer import Layer, LayerShape, Shape
 from onnx_lowrank.plan import KEEP
+from onnx_lowrank.spectra import Unfolding
 
 Cost = Literal["ms", "macs", "params"]
 # Kernels differ in efficiency: a format with up to this many times the padded MACs of another may still be the faster.
@@ -82,6 +83,27 @@ class Candidate:
         return replace(self, ms=ms)
 
 
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What some rules need beside the candidates' own numbers; a rule says which part it cannot do without.
+
+    Args:
+        energy: Layer key -> ||W||^2 in the metric of its candidates' errors: error^2 of it is what a candidate cuts.
+        unfolding: (layer key, spatial axes of the earlier stages) -> the spectrum of that unfolding of the weight.
+        measure: A choice -> the loss of the network's outputs under it, measured; None where there are no samples.
+        evaluations: How often a rule may measure.
+        seed: Of everything random.
+        deadline: `time.monotonic()` at which measuring should end.
+    """
+
+    energy: Callable[[str], float] | None = None
+    unfolding: Callable[[str, Shape], Unfolding] | None = None
+    measure: Callable[[Sequence[Candidate]], float] | None = None
+    evaluations: int = 100
+    seed: int = 0
+    deadline: float = math.inf
+
+
 @dataclass(frozen=True)
 class Problem:
     """What an allocator sees: for every layer its candidates ("keep" first), and the budget.
@@ -90,15 +112,21 @@ class Problem:
         layers: Candidates per layer.
         cost: What is limited.
         budget: Limit of the sum of costs over all layers.
+        evidence: For the rules that need more than that.
     """
 
     layers: tuple[tuple[Candidate, ...], ...]
     cost: Cost
     budget: float
+    evidence: Evidence = field(default=Evidence(), compare=False)
 
     def total(self, chosen: Sequence[Candidate]) -> float:
         """Cost of one choice per layer."""
         return sum(candidate.cost(self.cost) for candidate in chosen)
+
+    def fits(self, chosen: Sequence[Candidate]) -> bool:
+        """Whether one choice per layer stays within the budget."""
+        return self.total(chosen) <= self.budget
 
     def cheapest(self) -> tuple[Candidate, ...]:
         """The choice of least cost, the best that can be had when the budget cannot be met."""

@@ -31,6 +31,7 @@ from onnx_lowrank.cli_options import (
     ErrorMetricOption,
     EstimateOption,
     EvalOption,
+    EvaluationsOption,
     FallbackOption,
     JsonOption,
     KeepMacsOption,
@@ -131,6 +132,7 @@ def optimize(
     shape: ShapeOption = None,
     passes: PassesOption = None,
     allocator: AllocatorOption = None,
+    evaluations: EvaluationsOption = None,
     recipe: RecipeOption = None,
     of: OfOption = None,
     only: OnlyOption = None,
@@ -202,6 +204,7 @@ def plan(
     shape: ShapeOption = None,
     passes: PassesOption = None,
     allocator: AllocatorOption = None,
+    evaluations: EvaluationsOption = None,
     recipe: RecipeOption = None,
     of: OfOption = None,
     only: OnlyOption = None,
@@ -344,15 +347,18 @@ def inspect_(
     only: OnlyOption = None,
     keep: KeepOption = None,
     allow_fallback: FallbackOption = False,
+    spectrum: Annotated[
+        bool, typer.Option("--spectrum", help="Show measures of rank; with --calibration of the outputs too.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """List every weight-bearing layer: shape, share of the work, spectrum, verdict."""
     settings = settings_of(given(locals(), None), provider_option or ())
-    rows = inspection.inspect(model, settings, phases_on(_err))
+    rows = inspection.inspect(model, settings, phases_on(_err), whitened=spectrum)
     if as_json:
         typer.echo(json.dumps([asdict(row) for row in rows], indent=1))
     else:
-        _out.print(inspection.render(rows))
+        _out.print(inspection.render_spectra(rows) if spectrum else inspection.render(rows))
 
 
 @app.command("passes")

@@ -106,6 +106,9 @@ PassesOption = Annotated[
 AllocatorOption = Annotated[
     str | None, typer.Option(help=f"Rank rule: {', '.join(ALLOCATORS)}.", rich_help_panel=SEARCH)
 ]
+EvaluationsOption = Annotated[
+    int | None, typer.Option(help="Choices that a rule that searches measures; 100 by default.", rich_help_panel=SEARCH)
+]
 RecipeOption = Annotated[
     Path | None, typer.Option(help="TOML file with options of `optimize`; see the README.", rich_help_panel=SEARCH)
 ]

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
+from onnx_lowrank.calibration.input_moments import grams
+from onnx_lowrank.calibration.samples import suited
+from onnx_lowrank.calibration.walk import CannotCutError
 from onnx_lowrank.decomposition import Decomposition
 from onnx_lowrank.graph.size import parameters
 from onnx_lowrank.latency.chains import ChainTimer, Job
 from onnx_lowrank.latency.table import LatencyTable
 from onnx_lowrank.layer import Kept, Layer
-from onnx_lowrank.linalg import spectrum
+from onnx_lowrank.linalg import whitened_rows
 from onnx_lowrank.progress import Phases
 from onnx_lowrank.providers import require_provider
-from onnx_lowrank.search.prepare import prepare
-from onnx_lowrank.search.source import read_source
+from onnx_lowrank.search.prepare import Prepared, prepare
+from onnx_lowrank.search.source import Source, read_source
 from onnx_lowrank.settings import Settings
+from onnx_lowrank.spectra import ENERGIES, Measures, Unfolding
 
-ENERGIES = (0.9, 0.99)
+logger = logging.getLogger(__name__)
+SHOWN_ENERGIES = (0.9, 0.99)
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,9 @@ class InspectedLayer:
         energy_ranks: Smallest ranks that keep 90 % and 99 % of its squared singular values.
         effective_rank: exp of the entropy of the normalized singular values.
         verdict: What can be done with it, in words.
+        spectrum: Measures of that unfolding; None where nothing can be done with the layer.
+        whitened: The same in the metric of the layer's outputs, M G^(1/2) with the second moment G of its inputs: how
+            low the rank of what it computes is. None without samples.
     """
 
     name: str
@@ -57,10 +66,20 @@ class InspectedLayer:
     energy_ranks: tuple[int, ...]
     effective_rank: float | None
     verdict: str
+    spectrum: Measures | None = None
+    whitened: Measures | None = None
 
 
-def inspect(model: Path | str, settings: Settings | None = None, phases: Phases | None = None) -> list[InspectedLayer]:
+def inspect(
+    model: Path | str, settings: Settings | None = None, phases: Phases | None = None, *, whitened: bool = False
+) -> list[InspectedLayer]:
     """Look at a model; nothing is written.
+
+    Args:
+        model: The ONNX file.
+        settings: Target, samples and which layers and decompositions to look at.
+        phases: Timed and shown.
+        whitened: Run the samples through the network, for the spectra of what its layers compute.
 
     Raises:
         InputError: if the model or the data cannot be used.
@@ -71,12 +90,14 @@ def inspect(model: Path | str, settings: Settings | None = None, phases: Phases 
         source = read_source(Path(model), settings.calibration, preprocess=settings.preprocess)
     with tempfile.TemporaryDirectory(prefix="onnx-lowrank-") as folder:
         ready = prepare(source, settings, Path(folder), phases)
+        with phases.phase("moments"):
+            computed = _whitened(source, ready, settings, Path(folder)) if whitened else {}
     found, total = ready.survey, parameters(ready.survey.graph)
     with LatencyTable() as table, phases.phase("time layers") as advance:
         timer = ChainTimer(settings.target, table, ready.normalized.level)
         prices = timer.price([Job(layer) for layer in found.layers], advance)
     rows = [
-        _layer(layer, ms, total, found.macs, tuple(ready.methods.values()))
+        replace(_layer(layer, ms, total, found.macs, tuple(ready.methods.values())), whitened=computed.get(layer.key))
         for layer, ms in zip(found.layers, prices, strict=True)
     ]
     return rows + [_kept(node, total, found.macs) for node in found.kept]
@@ -88,7 +109,7 @@ def render(rows: Sequence[InspectedLayer]) -> Table:
     table.add_column("layer", overflow="fold")
     for name in ("op", "shape"):
         table.add_column(name)
-    for name in ("params", "MACs", "ms", "rank", *(f"{energy:.0%}" for energy in ENERGIES), "effective"):
+    for name in ("params", "MACs", "ms", "rank", *(f"{energy:.0%}" for energy in SHOWN_ENERGIES), "effective"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("verdict", overflow="fold")
     for row in rows:
@@ -100,22 +121,66 @@ def render(rows: Sequence[InspectedLayer]) -> Table:
             f"{row.macs_share:.1%}",
             "" if row.ms is None else f"{row.ms:.3g}",
             "" if row.full_rank is None else str(row.full_rank),
-            *(str(rank) for rank in row.energy_ranks or ("",) * len(ENERGIES)),
+            *(str(rank) for rank in row.energy_ranks or ("",) * len(SHOWN_ENERGIES)),
             "" if row.effective_rank is None else f"{row.effective_rank:.1f}",
             escape(row.verdict),
         )
     return table
 
 
+def render_spectra(rows: Sequence[InspectedLayer]) -> Table:
+    """An aligned table of the measures, of the weight and, where there are samples, of what it computes from them."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("layer", overflow="fold")
+    table.add_column("of")
+    energies = (f"{energy:.0%}" for energy in ENERGIES)
+    for name in ("rank", "effective", "stable", *energies, "EVB", "Gini", "Hoyer", "nuclear"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        for number, (of, found) in enumerate((("weight", row.spectrum), ("outputs", row.whitened))):
+            if found is not None:
+                table.add_row("" if number else escape(row.name), of, *_figures(found))
+    return table
+
+
+def _figures(found: Measures) -> tuple[str, ...]:
+    return (
+        str(found.full_rank),
+        f"{found.effective_rank:.1f}",
+        f"{found.stable_rank:.2f}",
+        *(str(rank) for rank in found.energy_ranks),
+        str(found.evb_rank),
+        f"{found.gini:.3f}",
+        f"{found.hoyer:.3f}",
+        f"{found.nuclear_norm:.3g}",
+    )
+
+
+def _whitened(source: Source, ready: Prepared, settings: Settings, folder: Path) -> dict[str, Measures]:
+    """Measures of M G^(1/2) by layer key, of the layers a walk can stop at."""
+    if source.samples is None or ready.racer.as_float32:
+        return {}
+    target = replace(settings.target, threads=0).exact()
+    samples = suited(source.samples, source.path, target)
+    room = folder / "activations"
+    room.mkdir()
+    found: dict[str, Measures] = {}
+    try:
+        for layer, gram in grams(source.graph, ready.survey.layers, samples, target, room):
+            matrices = layer.read().astype(np.float64).reshape(layer.shape.groups, layer.shape.out, -1)
+            pairs = zip(matrices, gram, strict=True)
+            values = np.stack([whitened_rows(matrix, moment, 1)[1] for matrix, moment in pairs])
+            found[layer.key] = Measures.of(values, (layer.shape.out, layer.shape.inputs))
+    except CannotCutError as error:
+        logger.warning("no spectra of outputs: %s would have to be carried along", error)
+    return found
+
+
 def _layer(
     layer: Layer, ms: float | None, params: int, macs: float, methods: Sequence[Decomposition]
 ) -> InspectedLayer:
-    weight = layer.read()
-    values = spectrum(weight.reshape(layer.shape.groups, layer.shape.out, -1)).values
-    squares = np.square(values).sum(axis=0)
-    kept = squares.cumsum() / squares.sum()
-    shares = values.sum(axis=0) / values.sum()
-    shares = shares[shares > 0]
+    whole = Unfolding.of(layer.read(), tuple(range(len(layer.shape.kernel))))
+    found = Measures.of(whole.values, whole.shape)
     accepted = [method.name for method in methods if method.refusal(layer.shape) is None]
     return InspectedLayer(
         name=layer.nodes[0],
@@ -126,10 +191,11 @@ def _layer(
         macs=layer.macs,
         macs_share=layer.macs / max(macs, 1),
         ms=ms,
-        full_rank=values.shape[1],
-        energy_ranks=tuple(int(np.searchsorted(kept, energy - 1e-12)) + 1 for energy in ENERGIES),
-        effective_rank=float(np.exp(-(shares * np.log(shares)).sum())),
+        full_rank=found.full_rank,
+        energy_ranks=tuple(found.energy_ranks[ENERGIES.index(energy)] for energy in SHOWN_ENERGIES),
+        effective_rank=found.effective_rank,
         verdict=f"can become {', '.join(accepted)}" if accepted else "no decomposition accepts it",
+        spectrum=found,
     )
 
 

@@ -72,6 +72,7 @@ class Recipe:
     shape: tuple[str, ...] | None = None
     passes: tuple[PassSpec, ...] | None = None
     allocator: str | None = None
+    evaluations: int | None = None
     of: str | None = None
     only: tuple[str, ...] | None = None
     keep: tuple[str, ...] | None = None

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import fields, replace
 
-from onnx_lowrank.allocators import ALLOCATORS
+from onnx_lowrank.allocators import ALLOCATORS, BY_OPTUNA, SEARCHING, require_optuna
 from onnx_lowrank.data.preprocessing import parse_preprocess
 from onnx_lowrank.error_metrics import check_error_metric
 from onnx_lowrank.errors import InputError
-from onnx_lowrank.goals import GOALS, MaxError, one_goal
+from onnx_lowrank.goals import GOALS, MaxDrop, MaxError, one_goal
 from onnx_lowrank.metrics import metric_named
 from onnx_lowrank.recipe import Recipe
 from onnx_lowrank.settings import Settings
@@ -67,6 +67,11 @@ def _check(settings: Settings) -> None:
     if settings.allocator not in ALLOCATORS:
         known = ", ".join(ALLOCATORS)
         raise InputError(f"--allocator {settings.allocator}", f"one of {known}", "name one of these")
+    if settings.allocator in SEARCHING and isinstance(settings.goal, MaxError | MaxDrop):
+        got, do = f"--allocator {settings.allocator} with --{settings.goal}", "give one, or leave --allocator out"
+        raise InputError(got, "a goal of speed or size: every allocation is a search of its own", do)
+    if settings.allocator in BY_OPTUNA:
+        require_optuna(settings.allocator)
     if settings.of not in {"all", "factorable"}:
         raise InputError(f"--of {settings.of}", "all or factorable", "name one of these")
     if settings.seed < 0:
@@ -75,6 +80,8 @@ def _check(settings: Settings) -> None:
         raise InputError(f"--time-limit {settings.time_limit:g}", "a positive number of seconds", "give another number")
     if settings.memory_limit <= 0:
         raise InputError(f"--memory-limit {settings.memory_limit}", "a positive number of bytes", "give another number")
+    if settings.evaluations < 1:
+        raise InputError(f"--evaluations {settings.evaluations}", "at least 1", "give another number")
     if settings.samples < 1:
         raise InputError(f"--samples {settings.samples}", "at least 1", "give another number")
     if settings.preprocess is not None:
@@ -85,9 +92,13 @@ def _check(settings: Settings) -> None:
 
 def _check_used(asked: Recipe, settings: Settings) -> None:
     """Refuse options that would be without effect: whoever gave them expects one."""
-    no_data = settings.calibration is None
+    no_data, searching = settings.calibration is None, settings.allocator in SEARCHING
+    measuring = f"--allocator {settings.allocator}"
+    rules = ", ".join(sorted(SEARCHING))
     for option, idle, missing, needed in (
         ("--no-refit", asked.refit is False and no_data, "--calibration", "samples that layers would be fitted to"),
+        (measuring, searching and no_data, "--calibration", "samples to measure its choices on"),
+        ("--evaluations", asked.evaluations is not None and not searching, "--allocator", f"a rule of {rules}"),
         ("--samples", asked.samples is not None and no_data, "--calibration", "data to take them from"),
         ("--metric", asked.metric is not None and settings.eval is None, "--eval", "labelled samples to measure it on"),
     ):

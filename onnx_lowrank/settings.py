@@ -30,6 +30,7 @@ class Settings:
         error_metric: What a max-error goal limits: relative, cosine, kl, top1 or worst.
         passes: Graph passes and decompositions; where one kind is not named, all of that kind are used.
         allocator: Name of the rank rule.
+        evaluations: How many choices a rule that searches may measure.
         of: What keep-macs and keep-params are shares of: "all" or "factorable" layers.
         only: Patterns of layers that may be rewritten; empty means all.
         keep: Patterns of layers that stay.
@@ -50,6 +51,7 @@ class Settings:
     error_metric: str = "relative"
     passes: tuple[PassSpec, ...] = ()
     allocator: str = "knapsack"
+    evaluations: int = 100
     of: str = "all"
     only: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()

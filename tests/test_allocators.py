@@ -8,42 +8,14 @@ from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
+from tables import Choice, by_hand, feasible, loss, one_per_layer, option, problems
 
-from onnx_lowrank.allocators import ALLOCATORS, energy, full_rank, knapsack, minimax
+from onnx_lowrank.allocators import ALLOCATORS
+from onnx_lowrank.allocators.energy import energy
+from onnx_lowrank.allocators.full_rank import full_rank
+from onnx_lowrank.allocators.knapsack import knapsack
+from onnx_lowrank.allocators.minimax import minimax
 from onnx_lowrank.candidates import Candidate, Problem
-
-Choice = tuple[Candidate, ...]
-
-
-def option(layer: int, cost: float, error: float, spectral: float | None = None, *, exact: bool = False) -> Candidate:
-    method = "keep" if error == 0 and not exact else "svd"
-    return Candidate(
-        f"l{layer}", method, (), None, error, error if spectral is None else spectral, 0, cost, cost, cost, exact=exact
-    )
-
-
-@st.composite
-def problems(draw: st.DrawFn) -> Problem:
-    """Small numbers, so that ties are common; "keep" first, as in every table; budgets from impossible to ample."""
-    rows: list[Choice] = []
-    for layer in range(draw(st.integers(1, 4))):
-        pairs = draw(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 5), st.integers(1, 5)), max_size=4))
-        kept = option(layer, float(draw(st.integers(4, 10))), 0.0)
-        rows.append((kept, *(option(layer, float(c), e / 5, s / 5) for c, e, s in pairs)))
-    return Problem(tuple(rows), draw(st.sampled_from(["ms", "macs"])), float(draw(st.integers(0, 30))))
-
-
-def loss(chosen: Choice) -> float:
-    return sum(candidate.loss for candidate in chosen)
-
-
-def feasible(problem: Problem) -> list[Choice]:
-    return [c for c in itertools.product(*problem.layers) if problem.total(c) <= problem.budget]
-
-
-def one_per_layer(problem: Problem, chosen: Choice) -> bool:
-    return len(chosen) == len(problem.layers) and all(c in row for c, row in zip(chosen, problem.layers, strict=True))
 
 
 @settings(deadline=None, max_examples=150)
@@ -93,15 +65,6 @@ def test_a_larger_budget_never_costs_accuracy(name: str, problem: Problem) -> No
     assert all(later <= earlier + 1e-6 for earlier, later in itertools.pairwise(losses))
 
 
-def by_hand() -> tuple[Choice, ...]:
-    """Three layers of 10 ms. Losses, -log(1 - e^2): 0.010, 0.041, 0.094, 0.174, 0.288, 1.022."""
-    return (
-        (option(0, 10, 0.0), option(0, 6, 0.1), option(0, 3, 0.4)),
-        (option(1, 10, 0.0), option(1, 5, 0.3), option(1, 4, 0.5)),
-        (option(2, 10, 0.0), option(2, 7, 0.2), option(2, 2, 0.8)),
-    )
-
-
 @pytest.mark.parametrize(
     ("budget", "costs"),
     [
@@ -138,11 +101,6 @@ def test_full_rank_takes_the_exact_candidates_in_turn() -> None:
     row = (option(0, 10, 0.0), option(0, 5, 0.3), first, second)
     bare = (option(3, 10, 0.0), option(3, 5, 0.3))
     assert full_rank(Problem((row, row, row, bare), "ms", 0.0)) == (first, second, first, bare[0])
-
-
-@pytest.mark.parametrize("name", ALLOCATORS)
-def test_no_layers_no_choices(name: str) -> None:
-    assert ALLOCATORS[name](Problem((), "ms", 1.0)) == ()
 
 
 @pytest.mark.parametrize("name", ["knapsack", "energy", "minimax"])

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from builders import run_model, worst_error
-from roads import Ride, network, on_one_thread, ride, save
+from builders import model, run_model, value, worst_error
+from roads import Ride, low_rank, network, node, on_one_thread, ride, save
 from walks import embedding, sequences
 
 from onnx_lowrank.errors import InputError
@@ -145,6 +145,19 @@ def test_a_model_that_cannot_be_cut_is_treated_without_samples_and_it_is_said(tm
     assert any(wanted == note for note in made.report.notes)
     apply(made.source, made.plan, tmp_path / "again.onnx", calibration=tmp_path / "x.npz")
     assert (tmp_path / "again.onnx").read_bytes() == made.out.read_bytes()
+
+
+def test_losses_are_probed_where_every_layer_is_shared(tmp_path: Path) -> None:
+    """The walk stops nowhere: the outputs depend on the layers all the same."""
+    nodes = [node("MatMul", "x w", "a", "one"), node("Relu", "a", "b"), node("MatMul", "b w", "y", "two")]
+    weights = {"w": low_rank((96, 96), 4, 0, noise=0.3)}
+    proto = model(nodes, [value("x", ["rows", 96])], [value("y", ["rows", 96])], weights)
+    np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).standard_normal((64, 7, 96)).astype(np.float32))
+    made = ride(proto, tmp_path, on_one_thread(KeepMacs(0.5), calibration=tmp_path / "x.npz"))
+    loss = made.report.layers[0].predicted_loss
+    assert loss is not None
+    assert loss > 1e-3
+    assert made.plan.layers[0].rank > (4,)
 
 
 def test_whole_numbers_fed_and_an_input_that_never_changes(tmp_path: Path) -> None:

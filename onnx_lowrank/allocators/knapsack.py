@@ -26,7 +26,7 @@ GAP = 1e-6
 
 def knapsack(problem: Problem) -> tuple[Candidate, ...]:
     """Least sum of losses with sum of costs at most the budget; the cheapest choice where no choice fits."""
-    options = [_undominated(candidates, problem.cost) for candidates in problem.layers]
+    options = [undominated(candidates, problem.cost) for candidates in problem.layers]
     flat = [candidate for group in options for candidate in group]
     if not flat or problem.total(problem.cheapest()) > problem.budget:
         return problem.cheapest()
@@ -66,7 +66,8 @@ def _quiet() -> Generator[None]:
         os.close(kept)
 
 
-def _undominated(options: Sequence[Candidate], cost: Cost) -> list[Candidate]:
+def undominated(options: Sequence[Candidate], cost: Cost) -> list[Candidate]:
+    """Candidates of one layer that no other beats on both cost and loss, cheapest first."""
     best: list[Candidate] = []
     for option in sorted(options, key=lambda c: (c.cost(cost), c.loss)):
         if not best or option.loss < best[-1].loss:

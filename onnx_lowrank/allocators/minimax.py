@@ -1,6 +1,9 @@
 """Minimax: the largest relative spectral error over all layers is as small as possible (ALDS, arXiv 2107.11442).
 
-The global step of ALDS over our candidates: all layers get the same bound on sigma_{r+1} / sigma_1.
+    min max_l error_l(method, rank)    s.t.    sum_l cost_l <= budget
+
+over all formats and ranks at once. For a given bound the layers do not depend on each other, so that binary search over
+the candidates' own errors is exact; `alds` is the alternation the paper solves the same problem by.
 """
 
 from __future__ import annotations

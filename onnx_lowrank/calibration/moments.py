@@ -68,6 +68,17 @@ class Moments:
         return self.cross if centred else self.cross + self.y_mean[:, :, None] * self.mean[:, None, :]
 
 
+def output_energy(weight: Array, gram: Array) -> float:
+    """tr(M G M^T) over all groups: the energy of a layer's outputs.
+
+    Args:
+        weight: (groups, out, in, *kernel).
+        gram: G, (groups, n, n).
+    """
+    matrices = weight.astype(np.float64).reshape(*weight.shape[:2], -1)
+    return float(sum(np.vdot(matrix @ moment, matrix) for matrix, moment in zip(matrices, gram, strict=True)))
+
+
 class Accumulator:
     """Collects the moments of one layer.
 

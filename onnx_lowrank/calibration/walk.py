@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 Values = NDArray[Any]
 Hear = Callable[[int, Values], None]
 CONSTANT = -1
+# The number of the front in which nothing but the inputs is known, so that every output that depends on them is beyond.
+INPUTS = CONSTANT
 
 
 class CannotCutError(Exception):

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from onnx_lowrank.accuracy import evaluate
-from onnx_lowrank.allocators import ALLOCATORS
 from onnx_lowrank.calibration.walk import CannotCutError
 from onnx_lowrank.candidates import Candidate
 from onnx_lowrank.errors import InputError
@@ -90,11 +89,11 @@ def analyse(source: Source, settings: Settings, folder: Path, phases: Phases, th
     found = ready.survey
     cache = FactorizationCache(settings.memory_limit, folder)
     try:
-        rows, timer, table = candidates(source, ready, settings, cache, phases, there)
+        rows, timer, table, allocator = candidates(source, ready, settings, cache, phases, there, deadline)
     except CannotCutError as error:
         ready = replace(ready, notes=(*ready.notes, f"no calibration: {error} would have to be carried along"))
         source, cache = replace(source, samples=None), FactorizationCache(settings.memory_limit, folder)
-        rows, timer, table = candidates(source, ready, settings, cache, phases, there)
+        rows, timer, table, allocator = candidates(source, ready, settings, cache, phases, there, deadline)
     bench = Bench(source.path, source.graph, ready.methods, cache, ready.racer, folder, deadline, table, phases)
     fit = DATA_FREE if table is None else REFIT if settings.refit else CALIBRATED
 
@@ -115,7 +114,6 @@ def analyse(source: Source, settings: Settings, folder: Path, phases: Phases, th
         if there is None:
             both = [(ready.original, f"original {source.path.name}"), (ready.normalized, "normalized")]
             remember_models(ready.racer, both, baseline)
-        allocator = ALLOCATORS[settings.allocator]
         prediction = _prediction(rows, baseline.timings[1].median_ms, ready, timer)
         parts = (bench, prediction, baseline, allocator, ready.original, ready.normalized, plan_of, error_of)
         loop = Foresight(*parts, planned_for=there.label, source=timer.source) if there else Loop(*parts)

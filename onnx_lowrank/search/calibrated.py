@@ -6,15 +6,16 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from onnx_lowrank.calibration.moments import Accumulator, Moments
+from onnx_lowrank.calibration.input_moments import InputMoments
+from onnx_lowrank.calibration.moments import output_energy
 from onnx_lowrank.calibration.samples import Samples
 from onnx_lowrank.calibration.stops import Stop, stops
-from onnx_lowrank.calibration.unfold import Counted, Unfolding, rows_per_sample
-from onnx_lowrank.calibration.walk import Cut, Front, Route, route
+from onnx_lowrank.calibration.unfold import Counted
+from onnx_lowrank.calibration.walk import INPUTS, Front, Route, route
 from onnx_lowrank.candidates import Candidate
 from onnx_lowrank.chain import Fit
 from onnx_lowrank.decomposition import Decomposition, Rank
@@ -30,7 +31,7 @@ from onnx_lowrank.target import Target
 
 logger = logging.getLogger(__name__)
 # To be raised when a probed loss comes to mean something else: it is remembered from run to run.
-PROBE_VERSION = 4
+PROBE_VERSION = 5
 # Samples losses are probed on: as many as this many multiply-accumulates pay for, between these two.
 PROBE_MACS = 4e12
 PROBE_SAMPLES = (8, 256)
@@ -70,6 +71,7 @@ class CalibratedTable:
 
     Attributes:
         means: Mean unfolded input of every layer that was calibrated, (groups, n), by layer key.
+        energies: ||W||^2 in the metric of the candidates' errors, tr(M G M^T), of the same layers.
         stops: The same layers by node key.
     """
 
@@ -81,7 +83,9 @@ class CalibratedTable:
     calibration: Calibration
     phases: Phases
     means: dict[str, Array] = field(default_factory=dict[str, Array], init=False)
+    energies: dict[str, float] = field(default_factory=dict[str, float], init=False)
     stops: dict[str, Stop] = field(default_factory=dict[str, Stop], init=False)
+    _whole: Probes | None = field(default=None, init=False)
 
     def rows(self) -> list[Row]:
         """Walk through the network and make every layer's row."""
@@ -90,21 +94,19 @@ class CalibratedTable:
         made: dict[str, Row] = {}
         with tempfile.TemporaryDirectory(prefix="calibrate-", dir=self.calibration.folder) as room:
             probes = self._probes(path, Path(room))
-            shared: dict[tuple[str, Hashable], Moments] = {}
+            inputs = InputMoments(self.stops, path, len(self.calibration.samples.fit))
             for number, cut in enumerate(path.cuts):
                 layer = self.stops[cut.key].layer
                 with self.phases.phase("moments"):
                     probes.front.advance(self.graph, path.fronts[number])
-                    moments = self._moments(probes, cut, shared)
+                    moments = inputs.at(number, probes.front, probes.fitting)
                 with self.phases.phase("decompose"):
                     gram = moments.shrunk(centred=self.stops[cut.key].centred)
                     made[layer.key] = self._row(layer, gram)
+                    self.energies[layer.key] = output_energy(layer.read(), gram)
                 self.means[layer.key] = moments.mean
                 with self.phases.phase("sensitivity"):
                     made[layer.key] = self._probed(made[layer.key], probes, number)
-                left = {later.x for later in path.cuts[number + 1 :]}
-                for key in [key for key in shared if key[0] not in left]:
-                    del shared[key]
             made.update(self._others(made, path, Path(room)))
         return [made[layer.key] for layer in self.layers]
 
@@ -117,21 +119,17 @@ class CalibratedTable:
         stop = self.stops[layer.nodes[0]]
         return stop.corrected(method.chain(layer.shape, rank), factors, self.means[layer.key])
 
+    def measure(self, chosen: Sequence[Candidate]) -> float:
+        """Loss of the network's outputs under a whole choice, without refit, remembered or measured."""
+        if self._whole is None:
+            path = route(self.graph, {key: stop.operand for key, stop in self.stops.items()})
+            self._whole = self._probes(path, Path(tempfile.mkdtemp(prefix="choices-", dir=self.calibration.folder)))
+        changed = [candidate for candidate in chosen if candidate.chain is not None]
+        named = [(candidate.key, candidate.method, candidate.rank) for candidate in changed]
+        return self._remembered(self._whole, INPUTS, ["choice", named], changed)
+
     def _row(self, layer: Layer, gram: Array | None = None) -> Row:
         return row_of(layer, tuple(self.methods.values()), self.grid_of(layer), self.cache, gram=gram)
-
-    def _moments(self, probes: Probes, cut: Cut, shared: dict[tuple[str, Hashable], Moments]) -> Moments:
-        """Moments of a layer's input, or those of another layer that reads it in the same way."""
-        layer, samples = self.stops[cut.key].layer, self.calibration.samples
-        unfolding = Unfolding(layer.form, layer.shape, rows_per_sample(layer.shape, len(samples.fit)))
-        key = (cut.x, unfolding.reading)
-        if key not in shared:
-            shape = layer.shape
-            sums = Accumulator(shape.groups, shape.inputs)
-            for batch, counted in probes.fitting.items():
-                sums.add(unfolding.rows(probes.front.value(cut.x, batch), counted))
-            shared[key] = sums.moments()
-        return shared[key]
 
     def _probes(self, path: Route, room: Path) -> Probes:
         """The start of the walk, and the original's outputs on the samples that are probed with."""
@@ -163,36 +161,42 @@ class CalibratedTable:
             with self.phases.phase("decompose"):
                 row = self._row(layer)
             with self.phases.phase("sensitivity"):
-                rows[layer.key] = self._probed(row, probes, 0)
+                rows[layer.key] = self._probed(row, probes, INPUTS)
         return rows
 
     def _probed(self, row: Row, probes: Probes, number: int) -> Row:
         """The row with predicted losses."""
         options = row.options[1:]
         at = probe_at([option.error for option in options])
-        points = [(options[i].error, self._loss(row.layer, options[i], probes, number)) for i in at]
+        points = [(options[i].error, self._loss(options[i], probes, number)) for i in at]
         curve = LossCurve.through(points)
         logger.info("%s: %s", row.layer.key, curve)
         losses = (replace(option, probed_loss=curve.loss(option.error)) for option in options)
         return replace(row, options=(row.keep, *losses))
 
-    def _loss(self, layer: Layer, option: Candidate, probes: Probes, number: int) -> float:
+    def _loss(self, option: Candidate, probes: Probes, number: int) -> float:
         """The loss of one candidate, remembered or measured."""
+        return self._remembered(probes, number, [option.key, option.method, option.rank], [option])
+
+    def _remembered(self, probes: Probes, number: int, what: list[object], changed: Sequence[Candidate]) -> float:
         where, probed = self.calibration.target.provider, sorted(probes.probing.items())
-        text = json.dumps([self.calibration.identity, where, probed, layer.key, option.method, option.rank])
+        text = json.dumps([self.calibration.identity, where, probed, *what])
         key = "loss " + hashlib.sha256(text.encode()).hexdigest()
         known = self.calibration.memory.fact(key)
         if known is None:
-            chain = self.methods[option.method].chain(layer.shape, option.rank)
-            loss = probes.loss(Replacement(layer, chain, self.arrays(layer, option.method, option.rank), {}), number)
-            known = repr(loss)
+            known = repr(probes.loss([self._replacement(candidate) for candidate in changed], number))
             self.calibration.memory.put_fact(key, known)
         return float(known)
+
+    def _replacement(self, option: Candidate) -> Replacement:
+        (layer,) = (layer for layer in self.layers if layer.key == option.key)
+        chain = self.methods[option.method].chain(layer.shape, option.rank)
+        return Replacement(layer, chain, self.arrays(layer, option.method, option.rank), {})
 
 
 @dataclass(frozen=True, eq=False)
 class Probes:
-    """Runs the network with one layer replaced, from the activations in front of it.
+    """Runs the network with layers replaced, from the activations in front of them.
 
     Args:
         graph: The network.
@@ -210,12 +214,12 @@ class Probes:
     probing: Mapping[int, int]
     reference: Sequence[Outputs]
 
-    def loss(self, replacement: Replacement, number: int) -> float:
-        """What the outputs lose by `replacement`, the front being number `number`."""
+    def loss(self, replacements: Sequence[Replacement], number: int) -> float:
+        """What the outputs lose by `replacements`, the front being number `number`."""
         before = self.graph.snapshot()
         self.graph.restore(before)  # edit a copy: the layers hold on to the present scopes
         try:
-            splice(self.graph, [replacement])
+            splice(self.graph, replacements)
             wanted = self.path.beyond(number)
             if not wanted:
                 return 0.0  # nothing that is computed from here reaches an output

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-from onnx_lowrank.allocators import ALLOCATORS
+from onnx_lowrank.allocators import Allocator
 from onnx_lowrank.calibration.samples import Samples, suited
 from onnx_lowrank.candidates import Grid
 from onnx_lowrank.goals import KeepMacs, KeepParams
@@ -26,6 +27,7 @@ from onnx_lowrank.search.device import Device
 from onnx_lowrank.search.factorizations import FactorizationCache
 from onnx_lowrank.search.prediction import NEIGHBOUR, size_problem
 from onnx_lowrank.search.prepare import Prepared
+from onnx_lowrank.search.rules import rule_for
 from onnx_lowrank.search.source import Source
 from onnx_lowrank.search.survey import Survey
 from onnx_lowrank.search.table import GridOf, Row, price, tabulate
@@ -42,13 +44,14 @@ def candidates(
     cache: FactorizationCache,
     phases: Phases,
     there: Device | None = None,
-) -> tuple[list[Row], Pricer, CalibratedTable | None]:
+    deadline: float = math.inf,
+) -> tuple[list[Row], Pricer, CalibratedTable | None, Allocator]:
     """Decompose, calibrate where there are samples, and time every candidate the goal could choose.
 
-    With `there` no candidate is timed: prices are those of that device.
+    With `there` no candidate is timed: prices are those of that device. A rule that measures ends at `deadline`.
 
     Returns:
-        The table; what priced it; and what was learnt from samples, None without.
+        The table; what priced it; what was learnt from samples, None without; and the rank rule.
     """
     found = ready.survey
     table = LatencyTable()
@@ -58,11 +61,12 @@ def candidates(
         grid_of = _grid(found, block_of, by_size=by_size)
     rows, calibrated = decomposed(source, ready, settings, cache, phases, table, grid_of)
     level = ready.normalized.level
+    rule = rule_for(settings, rows, calibrated, deadline)
     timer = there.pricer(level) if there else ChainTimer(settings.target, table, level)
     with phases.phase("time chains") as advance:
-        wanted = _of_size(rows, settings, found, source.graph) if by_size else None
+        wanted = _of_size(rows, settings, found, source.graph, rule) if by_size else None
         rows = price(rows, timer, advance, lambda o: wanted is None or (o.key, o.method, o.rank) in wanted)
-    return rows, timer, calibrated
+    return rows, timer, calibrated, rule
 
 
 def decomposed(
@@ -103,12 +107,12 @@ def _grid(found: Survey, block_of: Callable[[Kind], int], *, by_size: bool) -> G
 
 
 def _of_size(
-    rows: Sequence[Row], settings: Settings, found: Survey, graph: Graph
+    rows: Sequence[Row], settings: Settings, found: Survey, graph: Graph, rule: Allocator
 ) -> set[tuple[str, str, tuple[int, ...]]]:
     """What a goal of size chooses, and its neighbour: time plays no part in it, so nothing else is timed."""
     sizes = totals(settings, found, rows, graph)
     problems = [size_problem(rows, settings.goal, *sizes, times) for times in (1.0, NEIGHBOUR)]
-    return {(o.key, o.method, o.rank) for problem in problems for o in ALLOCATORS[settings.allocator](problem)}
+    return {(o.key, o.method, o.rank) for problem in problems for o in rule(problem)}
 
 
 def _calibration(

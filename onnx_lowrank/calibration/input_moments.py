@@ -1,0 +1,80 @@
+"""Moments of what the layers of a network read, from one walk: one set per tensor, not per layer."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from onnx_lowrank.calibration.moments import Accumulator, Moments
+from onnx_lowrank.calibration.samples import Samples
+from onnx_lowrank.calibration.stops import Stop, stops
+from onnx_lowrank.calibration.unfold import Counted, Unfolding, rows_per_sample
+from onnx_lowrank.calibration.walk import Front, Route, route
+from onnx_lowrank.graph.model import Graph
+from onnx_lowrank.layer import Array, Layer
+from onnx_lowrank.target import Target
+
+
+class InputMoments:
+    """Moments of every stop's input; where layers read a tensor in the same way they share them.
+
+    Args:
+        found: Stops by node key.
+        path: The walk.
+        samples: How many are fitted on.
+    """
+
+    def __init__(self, found: Mapping[str, Stop], path: Route, samples: int) -> None:
+        self._stops, self._path, self._samples = found, path, samples
+        self._held: dict[tuple[str, Hashable], Moments] = {}
+
+    def at(self, number: int, front: Front, fitting: Mapping[int, Counted | None]) -> Moments:
+        """Moments of what cut `number` reads; what no later cut reads is forgotten.
+
+        Args:
+            number: Position among the route's cuts.
+            front: Holds the tensor.
+            fitting: Batches to take them from, and which of their positions count.
+        """
+        cut = self._path.cuts[number]
+        layer = self._stops[cut.key].layer
+        unfolding = Unfolding(layer.form, layer.shape, rows_per_sample(layer.shape, self._samples))
+        key = (cut.x, unfolding.reading)
+        if key not in self._held:
+            sums = Accumulator(layer.shape.groups, layer.shape.inputs)
+            for batch, counted in fitting.items():
+                sums.add(unfolding.rows(front.value(cut.x, batch), counted))
+            self._held[key] = sums.moments()
+        moments = self._held[key]
+        read = {later.x for later in self._path.cuts[number + 1 :]}
+        self._held = {held: found for held, found in self._held.items() if held[0] in read}
+        return moments
+
+
+def grams(
+    graph: Graph, layers: Sequence[Layer], samples: Samples, target: Target, folder: Path
+) -> Iterator[tuple[Layer, Array]]:
+    """Every layer a walk can stop at with the second moment its candidates are calibrated with, in graph order.
+
+    Args:
+        graph: The network.
+        layers: Its layers.
+        samples: Those for fitting are used.
+        target: Where parts of the network run.
+        folder: An empty folder for activations.
+
+    Raises:
+        CannotCutError: if something would have to be carried along that is no array.
+    """
+    found = stops(graph, layers)
+    path = route(graph, {key: stop.operand for key, stop in found.items()})
+    front, moments = Front(folder, target), InputMoments(found, path, len(samples.fit))
+    fitting: dict[int, Counted | None] = {}
+    for feeds, fits, _ in samples.batches():
+        if fits:
+            fitting[len(fitting)] = samples.counted(feeds)
+            front.put(feeds)
+    for number, cut in enumerate(path.cuts):
+        stop = found[cut.key]
+        front.advance(graph, path.fronts[number])
+        yield stop.layer, moments.at(number, front, fitting).shrunk(centred=stop.centred)

@@ -1,0 +1,52 @@
+"""The rank rule a user named, with what it may need beside the candidate table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+
+from onnx_lowrank.allocators import ALLOCATORS, Allocator
+from onnx_lowrank.candidates import Candidate, Evidence, Problem
+from onnx_lowrank.layer import Shape
+from onnx_lowrank.search.calibrated import CalibratedTable
+from onnx_lowrank.search.table import Row
+from onnx_lowrank.settings import Settings
+from onnx_lowrank.spectra import Unfolding
+
+
+def rule_for(
+    settings: Settings, rows: Sequence[Row], calibrated: CalibratedTable | None, deadline: float = math.inf
+) -> Allocator:
+    """The rule, bound to its evidence.
+
+    Args:
+        settings: Names the rule.
+        rows: The candidate table.
+        calibrated: What was learnt from samples; None without.
+        deadline: `time.monotonic()` at which measuring should end.
+    """
+    layers = {row.layer.key: row.layer for row in rows}
+    energies = {} if calibrated is None else calibrated.energies
+
+    @cache
+    def energy(key: str) -> float:
+        if key in energies:
+            return energies[key]
+        return float(np.square(layers[key].read(), dtype=np.float64).sum())
+
+    @cache
+    def unfolding(key: str, first_axes: Shape) -> Unfolding:
+        return Unfolding.of(layers[key].read(), first_axes)
+
+    measure = None if calibrated is None else calibrated.measure
+    evidence = Evidence(energy, unfolding, measure, settings.evaluations, settings.seed, deadline)
+    rule = ALLOCATORS[settings.allocator]
+
+    def bound(problem: Problem) -> tuple[Candidate, ...]:
+        return rule(replace(problem, evidence=evidence))
+
+    return bound
