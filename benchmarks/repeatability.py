@@ -31,6 +31,7 @@ from benchmarks.zoo.models import all_models
 MODELS = ("embedded", "hed")
 KEYS = ("model", "goal", "run", "core_disturbed")
 COLUMNS = (*KEYS, "speedup", "ci95", "independent", "phase_time_chains", "seconds", "disturbed", "goal_reached")
+LEVELS = ("all", "extended")
 BUSY = 0.05  # seconds of work, then as many of rest
 
 
@@ -65,7 +66,8 @@ def repeated(
     shapes = [word for shape in model.inputs for word in ("--shape", shape)]
     options = [*shapes, "--threads", "1", "--speedup", f"{speedup:g}"]
     rows: list[dict[str, results.Scalar]] = []
-    files: list[str] = []
+    files = [f"{original}@{level}" for level in LEVELS]
+    before: list[int] = []
     for number in range(times):
         own = folder / str(number)
         own.mkdir()
@@ -74,14 +76,15 @@ def repeated(
         if not run.written:
             raise SystemExit(f"{model.name}, run {number}: {run.error}")
         levels = run.report["latency"]["levels"]
-        files = files or [f"{original}@{levels['before']}"]
+        before.append(LEVELS.index(levels["before"]))
         files.append(f"{run.out}@{levels['after']}")
         row: dict[str, results.Scalar] = {"model": model.name, "goal": f"speedup {speedup:g}", "run": number}
         rows.append({**row, "core_disturbed": disturbed, **run.figures(), **run.costs()})
     witness = [sys.executable, str(Path(__file__).with_name("independent.py")), *files, *shapes]
     timed = json.loads(subprocess.run(witness, check=True, capture_output=True, text=True).stdout)
-    for row, ratio, ms in zip(rows, timed["speedup"][1:], timed["ms"][1:], strict=True):
-        row |= {"independent": ratio, "independent_ms": ms}
+    speeds, own_ms = timed["speedup"], timed["ms"][len(LEVELS) :]
+    for row, base, speed, ms in zip(rows, before, speeds[len(LEVELS) :], own_ms, strict=True):
+        row |= {"independent": round(speed / speeds[base], 3), "independent_ms": ms}
     return rows
 
 

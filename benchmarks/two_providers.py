@@ -163,7 +163,7 @@ def main() -> None:
         found = measure(asked.model, places, asked, Path(folder))
     show(found, [place.provider for place in places])
     recorded = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    recorded[f"{found['model']} {found['goal']}"] = found
+    recorded[f"{found['model']} {found['goal']}, {found['threads']} thread(s), {found['calibration']}"] = found
     RESULTS.write_text(json.dumps(recorded, indent=1) + "\n")
 
 

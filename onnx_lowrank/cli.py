@@ -217,7 +217,7 @@ def plan(
     """Do the same analysis, write the plan and no model."""
     asked = given(locals(), recipe)
     settings = settings_of(asked, provider_option or ())
-    pipeline.check_paths(out, model, settings.calibration, settings.eval, recipe, table)
+    pipeline.check_paths(out, model, settings.calibration, settings.eval, recipe, table, estimate)
     there: Device | None = cli_roofline.estimated_device(estimate, table, device, asked, provider_option or ())
     there = there or cli_latency.chosen_device(table, asked, device, provider_option or (), model)
     outcome = pipeline.plan(model, settings, phases_on(_err), beside=(out,), there=there)

@@ -131,8 +131,9 @@ def _show(made: Roofline, errors: Errors, timed: Sequence[Timed]) -> None:
         "overlap": f"{overlap} (1: transfers hide behind arithmetic, 0: one follows the other)",
         "launch": f"{made.launch_s * 1e6:.2g} us per operator",
         "fitted to": str(errors),
-        "chain / layer": f"half within {errors.ratio_median:.0%} and nine tenths within {errors.ratio_p90:.0%}",
     }
+    if errors.ratio_median is not None:
+        rows["chain / layer"] = f"half within {errors.ratio_median:.0%} and nine tenths within {errors.ratio_p90:.0%}"
     _say(made.device)
     grid = Table(box=None, show_header=False, pad_edge=False)
     for name, text in rows.items():

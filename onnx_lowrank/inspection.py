@@ -87,7 +87,7 @@ def inspect(
     settings, phases = settings or Settings(), phases or Phases()
     require_provider(settings.target)
     with phases.phase("read"):
-        source = read_source(Path(model), settings.calibration, preprocess=settings.preprocess)
+        source = read_source(Path(model), settings.calibration, preprocess=settings.preprocess, limit=settings.samples)
     with tempfile.TemporaryDirectory(prefix="onnx-lowrank-") as folder:
         ready = prepare(source, settings, Path(folder), phases)
         with phases.phase("moments"):

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_lowrank.data import Dataset
+from onnx_lowrank.errors import InputError
 from onnx_lowrank.runtime import Session, open_session
 from onnx_lowrank.signature import Feeds
 from onnx_lowrank.target import Target
@@ -42,7 +43,8 @@ class Padding:
 
     def __str__(self) -> str:
         """What the user should know."""
-        return f"{self.share:.0%} of the positions are padding that no output depends on ({self.mask}): not fitted"
+        what = f"{self.share:.0%} of the positions are padding that no output depends on ({self.mask})"
+        return f"{what}: left out of layers that see them one by one"
 
 
 def padding(model: Path, data: Dataset, target: Target, batch: int) -> Padding | None:
@@ -96,7 +98,13 @@ def _same_without(session: Session, feeds: Feeds, mask: str) -> bool | None:
     other = {name: _exchanged(array, counted) if name != mask else array for name, array in feeds.items()}
     if all(np.array_equal(array, feeds[name]) for name, array in other.items()):
         return None
-    before, after = session.run(feeds), session.run(other)
+    before = session.run(feeds)
+    try:
+        after = session.run(other)
+    except InputError:  # not something this model can be fed with
+        return False
+    if not any(isinstance(value, np.ndarray) and value.dtype.kind == "f" for value in before.values()):
+        return False  # labels do not flip by every change
     return all(_alike(before[name], after[name]) for name in before)
 
 
@@ -114,5 +122,8 @@ def _alike(one: object, other: object) -> bool:
         return False
     if one.dtype.kind != "f":
         return bool((one == other).all())
-    scale = float(np.abs(one).max(initial=0.0))
-    return bool(np.allclose(one, other, rtol=0.0, atol=ROUNDING * scale))
+    finite = np.isfinite(one)
+    if not np.array_equal(one[~finite], other[~finite], equal_nan=True):
+        return False
+    scale = float(np.abs(one[finite]).max(initial=0.0))
+    return bool(np.allclose(one[finite], other[finite], rtol=0.0, atol=ROUNDING * scale))

@@ -68,7 +68,10 @@ def _check(settings: Settings) -> None:
         known = ", ".join(ALLOCATORS)
         raise InputError(f"--allocator {settings.allocator}", f"one of {known}", "name one of these")
     if settings.allocator in SEARCHING and isinstance(settings.goal, MaxError | MaxDrop):
-        got, do = f"--allocator {settings.allocator} with --{settings.goal}", "give one, or leave --allocator out"
+        got, do = (
+            f"--allocator {settings.allocator} with --{settings.goal}",
+            "give --speedup, --latency-ms, --keep-macs or --keep-params",
+        )
         raise InputError(got, "a goal of speed or size: every allocation is a search of its own", do)
     if settings.allocator in BY_OPTUNA:
         require_optuna(settings.allocator)

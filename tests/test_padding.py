@@ -11,10 +11,11 @@ import pytest
 from builders import model, value
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import ModelProto, TensorProto, helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 from samples import TEXT
 from typer.testing import CliRunner
 
+from onnx_lowrank.calibration.samples import Samples, suited
 from onnx_lowrank.calibration.unfold import Unfolding
 from onnx_lowrank.cli import app
 from onnx_lowrank.data import Dataset, read_npz
@@ -77,7 +78,8 @@ def test_positions_no_output_depends_on_are_padding(tmp_path: Path) -> None:
     assert (found.mask, found.share) == ("mask", pytest.approx(zeros))
     feeds = next(data.feeds(8))
     np.testing.assert_array_equal(found.counted(feeds), feeds["mask"] == 1)
-    assert str(found) == f"{zeros:.0%} of the positions are padding that no output depends on (mask): not fitted"
+    said = f"{zeros:.0%} of the positions are padding that no output depends on (mask)"
+    assert str(found) == f"{said}: left out of layers that see them one by one"
 
 
 @pytest.mark.parametrize("proto", [sentence_model("tokens"), sentence_model(masked=False)], ids=["tokens", "all"])
@@ -94,14 +96,13 @@ def test_a_mask_of_ones_is_none(tmp_path: Path) -> None:
 @given(
     mask=st.lists(st.lists(st.booleans(), min_size=7, max_size=7).filter(any), min_size=1, max_size=5),
     most=st.integers(1, 9),
-    flat=st.booleans(),
 )
-def test_rows_are_those_that_count(mask: list[list[bool]], most: int, flat: bool) -> None:
+def test_rows_are_those_that_count(mask: list[list[bool]], most: int) -> None:
     counted = np.array(mask)
     x = np.arange(counted.size * WIDTH, dtype=np.float32).reshape(*counted.shape, WIDTH)
     form = Form("MatMul", TensorProto.FLOAT, 17)
     unfolding = Unfolding(form, PRODUCT, most)
-    rows = unfolding.rows(x.reshape(-1, WIDTH) if flat else x, counted)
+    rows = unfolding.rows(x, counted)
     assert rows.shape[1:] == (1, WIDTH)
     wanted = {tuple(row) for row in x[counted]}
     assert {tuple(row) for row in rows[:, 0]} <= wanted
@@ -112,12 +113,44 @@ def test_rows_are_those_that_count(mask: list[list[bool]], most: int, flat: bool
     assert len(unfolding.targets(y, counted)) == len(rows)
 
 
+@pytest.mark.parametrize("shape", [(12, WIDTH), (4, 3, WIDTH), (3, 4, 2, WIDTH)], ids=["flat", "time first", "heads"])
+def test_rows_whose_order_is_not_known_all_count(shape: tuple[int, ...]) -> None:
+    counted = np.arange(4) < np.array([[1], [2], [4]])
+    unfolding = Unfolding(Form("MatMul", TensorProto.FLOAT, 17), PRODUCT, 100)
+    x = np.ones(shape, np.float32)
+    assert len(unfolding.rows(x, counted)) == x.size // WIDTH
+    square = np.ones((3, 3), np.bool_) & (np.arange(3) < 2)
+    assert len(unfolding.rows(np.ones((3, 3, WIDTH), np.float32), square)) == 9
+
+
+def test_a_batch_is_not_as_large_as_its_texts_are_long(tmp_path: Path) -> None:
+    data = read(texts(tmp_path, 96, length=32))
+    samples = suited(
+        Samples(data.take(slice(64)), data.take(slice(64, 96))), saved(tmp_path, sentence_model()), Target()
+    )
+    assert samples.padding is not None
+    assert samples.largest_batch == 31
+
+
+def test_infinities_hide_no_difference(tmp_path: Path) -> None:
+    """Logits of -inf beside finite ones that padding changes."""
+    proto = sentence_model(masked=False)
+    infinite = numpy_helper.from_array(np.full(1, -np.inf, np.float32), "infinite")
+    proto.graph.initializer.append(infinite)
+    proto.graph.node[-1].output[0] = "summed"
+    proto.graph.node.append(helper.make_node("Concat", ["summed", "infinities"], ["sentence"], axis=1))
+    proto.graph.node.insert(0, helper.make_node("Expand", ["infinite", "two"], ["infinities"]))
+    proto.graph.initializer.append(numpy_helper.from_array(np.array([8, 1]), "two"))
+    proto.graph.output[0].type.tensor_type.shape.dim[1].dim_value = OUT + 1
+    assert padding(saved(tmp_path, proto), read(texts(tmp_path)), Target(), 8) is None
+
+
 def test_padding_is_left_out_and_told(tmp_path: Path) -> None:
-    """Fitted on the words, not on what fills up: the same rank loses less, and the report says why."""
+    """What the padding holds makes no difference to the fit, and the report says why."""
     path, data = saved(tmp_path, sentence_model()), texts(tmp_path, 256)
     arrays = dict(np.load(data))
     rng = np.random.default_rng(1)
-    # The same texts with padding of any content: the same rows count, so the same model is written.
+    # The same texts with padding of any content: the same rows count.
     arrays["ids"] = np.where(arrays["mask"] == 1, arrays["ids"], rng.integers(1, WORDS, arrays["ids"].shape))
     np.savez(tmp_path / "other.npz", **arrays)
     errors = []
@@ -134,6 +167,6 @@ def test_padding_is_left_out_and_told(tmp_path: Path) -> None:
         done = CliRunner().invoke(app, words)
         assert done.exit_code == 0, done.output
         report = json.loads((tmp_path / name / "report.json").read_text())
-        assert any("padding that no output depends on (mask): not fitted" in note for note in report["notes"])
+        assert any("padding that no output depends on (mask)" in note for note in report["notes"])
         errors.append(report["fidelity"]["relative_error"])
     assert errors[0] == pytest.approx(errors[1], rel=1e-4)

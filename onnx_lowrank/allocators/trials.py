@@ -7,6 +7,7 @@ measures worse than the default.
 
 from __future__ import annotations
 
+import math
 import time
 
 from onnx_lowrank.allocators.knapsack import knapsack, undominated
@@ -14,6 +15,8 @@ from onnx_lowrank.candidates import Candidate, Problem
 from onnx_lowrank.errors import InputError
 
 Place = tuple[int, ...]
+# What counts as the loss of a choice that has none.
+RUINED = 1e30
 
 
 class Trials:
@@ -57,7 +60,8 @@ class Trials:
         """Measured loss of a choice that fits; what was measured before costs nothing."""
         if place not in self._losses:
             self._left -= 1
-            self._losses[place] = self._measure(self.chosen(place))
+            loss = self._measure(self.chosen(place))
+            self._losses[place] = loss if math.isfinite(loss) else RUINED
             if self._losses[place] < self._losses.get(self._best, float("inf")):
                 self._best = place
         return self._losses[place]

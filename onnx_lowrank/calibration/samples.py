@@ -64,7 +64,10 @@ def divided(data: Dataset, seed: int) -> tuple[Samples, Dataset]:
 def suited(samples: Samples, model: Path, target: Target) -> Samples:
     """The same, in batches no larger than `model` takes on `target`, and without the padding it does not look at."""
     batch = safe_batch(model, samples.judge, target, _batch(samples.judge))
-    return replace(samples, largest_batch=batch, padding=padding(model, samples.fit, target, batch))
+    found = padding(model, samples.fit, target, batch)
+    if found is not None and batch > 1 and any(part.arrays[found.mask].shape[1] == batch for part in samples.fit.parts):
+        batch -= 1  # with as many samples as positions nothing tells which axis is which
+    return replace(samples, largest_batch=batch, padding=found)
 
 
 def _batch(data: Dataset) -> int:

@@ -62,7 +62,8 @@ class Unfolding:
 
         Args:
             x: What the node reads.
-            counted: (samples, positions), false where a position is padding; None: all count. Products only.
+            counted: (samples, positions), false where a position is padding; None: all count. Heeded where x is
+                (samples, positions, width).
         """
         if self.form.geometry is not None:
             size = self.form.geometry.output_size(x.shape[2:], self.shape.kernel)
@@ -112,9 +113,12 @@ class Unfolding:
         return flat[:, chosen].reshape(-1, groups, width)
 
     def _is_tokens(self, shape: Shape, counted: Counted, *, transposed: bool) -> bool:
-        """Whether an operand holds one row per position of every sample, stacked or not."""
+        """Whether an operand certainly is (samples, positions, width).
+
+        Flattened, or with as many samples as positions, it might as well hold the positions first.
+        """
         plain = self.form.side == "right" and not (transposed or self.form.batch)
-        return plain and shape[:-1] in {counted.shape, (counted.size,)}
+        return plain and shape[:-1] == counted.shape and counted.shape[0] != counted.shape[1]
 
     def _taken(self, counted: Counted) -> Counted:
         """Of every sample the positions that count, no more than are wanted, in one seeded order for all."""

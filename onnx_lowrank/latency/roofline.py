@@ -29,6 +29,7 @@ from onnx_lowrank.latency.grid import KINDS, Kind
 from onnx_lowrank.latency.work import BYTES, FLOAT32, OpClass, Step, Work
 
 SCHEMA = 1
+LARGEST_BLOCK = 4096
 OP_CLASSES: tuple[OpClass, ...] = ("conv", "conv 1x1", "conv one axis", "conv grouped", "matmul")
 Times = NDArray[np.float64]
 
@@ -148,7 +149,7 @@ def read_roofline(path: Path) -> Roofline:
         raise InputError(f"schema {raw.get('schema')!r} in {path}", f"schema {SCHEMA}", again)
     try:
         return roofline_of(raw)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         detail = f"{type(error).__name__}: {error}"
         raise InputError(f"{path} with a bad field ({detail})", "a roofline", again) from error
 
@@ -165,7 +166,7 @@ def roofline_of(raw: Mapping[str, Any]) -> Roofline:
     overlap: dict[Kind, float] = {kind: float(raw["overlap"][kind]) for kind in KINDS}
     if not all(0 <= share <= 1 for share in overlap.values()):
         raise ValueError(f"overlap {overlap!r}")
-    blocks: dict[Kind, int] = {kind: int(_positive(f"block of {kind}", raw["blocks"][kind])) for kind in KINDS}
+    blocks: dict[Kind, int] = {kind: _block(kind, raw["blocks"][kind]) for kind in KINDS}
     return Roofline(
         device=str(raw["device"]),
         origin=str(raw["origin"]),
@@ -188,6 +189,12 @@ def _positive(what: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ValueError(f"{what} {value!r}")
     return float(value)
+
+
+def _block(kind: Kind, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST_BLOCK:
+        raise ValueError(f"block of {kind} {value!r}")
+    return value
 
 
 def _macs(step: Step) -> float:

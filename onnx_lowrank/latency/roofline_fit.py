@@ -50,7 +50,7 @@ class Errors:
     Args:
         median: Half of the estimates are closer.
         p90: Nine tenths are.
-        ratio_median: The same for chain / layer, which the search chooses by.
+        ratio_median: The same for chain / layer, which the search chooses by; None where no chain was timed.
         ratio_p90: Likewise.
         chains: How many there were.
         layers: Of how many layers.
@@ -58,8 +58,8 @@ class Errors:
 
     median: float
     p90: float
-    ratio_median: float
-    ratio_p90: float
+    ratio_median: float | None
+    ratio_p90: float | None
     chains: int
     layers: int
 
@@ -114,8 +114,8 @@ def cross_validated(timed: Sequence[Timed]) -> Errors:
         logs |= {i: math.log(ms / timed[i].ms) for i, ms in zip(held, estimates, strict=True)}
     own = {each.work.layer: logs[i] for i, each in enumerate(timed) if len(each.work.steps) == 1}
     chains = [i for i, each in enumerate(timed) if len(each.work.steps) > 1 and each.work.layer in own]
-    ratios = [logs[i] - own[timed[i].work.layer] for i in chains] or [0.0]
-    spread = (*_spread(list(logs.values())), *_spread(ratios))
+    ratios = [logs[i] - own[timed[i].work.layer] for i in chains]
+    spread = (*_spread(list(logs.values())), *(_spread(ratios) if ratios else (None, None)))
     return Errors(*spread, chains=len(timed), layers=len(layers))
 
 

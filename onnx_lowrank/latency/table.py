@@ -15,6 +15,7 @@ from types import TracebackType
 
 import platformdirs
 
+from onnx_lowrank.errors import InputError
 from onnx_lowrank.latency.circumstances import Circumstances
 
 logger = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ class LatencyTable:
         self.hits = self.misses = 0
         self._connection = self._open()
         self._known: set[str] = set()
+        self._whole = False
 
     @staticmethod
     def in_memory() -> LatencyTable:
@@ -152,20 +154,26 @@ class LatencyTable:
 
     @contextlib.contextmanager
     def as_one(self) -> Generator[None]:
-        """Everything that is put meanwhile is kept, or, where an exception leaves the block, nothing of it."""
+        """Everything that is put meanwhile is kept, or, where an exception leaves the block, nothing of it.
+
+        Raises:
+            InputError: if the file cannot be written.
+        """
         try:
             self._connection.execute("BEGIN IMMEDIATE")
-        except sqlite3.OperationalError as error:
-            logger.warning("%s cannot be written (%s)", self.path, error)
-            yield  # every statement warns again, and is lost: it is a cache
-            return
-        try:
+            self._whole = True
             yield
-        except BaseException:
-            self._connection.execute("ROLLBACK")
+            self._connection.execute("COMMIT")
+        except BaseException as error:
+            if self._connection.in_transaction:  # SQLite itself rolls back where the disk is full
+                self._connection.execute("ROLLBACK")
             self._known.clear()
-            raise
-        self._connection.execute("COMMIT")
+            if not isinstance(error, sqlite3.Error):
+                raise
+            got = f"{self.path}, which cannot be written ({error})"
+            raise InputError(got, "a latency table that can be", f"free the disk, or set {CACHE_VARIABLE}") from error
+        finally:
+            self._whole = False
 
     def close(self) -> None:
         """Close the file."""
@@ -175,6 +183,8 @@ class LatencyTable:
         try:
             self._connection.execute(statement, row)
         except sqlite3.OperationalError as error:  # disk full, or locked for longer than the time-out: it is a cache
+            if self._whole:
+                raise
             logger.warning("a measurement could not be kept in %s (%s)", self.path, error)
 
     def _open(self) -> sqlite3.Connection:

@@ -132,7 +132,10 @@ def read_work(words: str) -> Work | None:
             return None
         weights = [_numbers(stage[1]) for stage in found if stage]
         sizes = [_numbers(stage[2] or "") for stage in found if stage]
-    return Work(words.partition(": ")[0], match["type"] or FLOAT32, _steps(weights, sizes, source, result))
+    kind = match["type"] or FLOAT32
+    if kind not in BYTES or not all(math.prod(each) for each in (source, result, *weights, *sizes)):
+        return None
+    return Work(words.partition(": ")[0], kind, _steps(weights, sizes, source, result))
 
 
 def _layer_words(layer: Layer, site: Site) -> str:

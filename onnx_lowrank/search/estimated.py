@@ -164,5 +164,5 @@ def _values(shapes: NodeShapes) -> int:
 
 
 def _op_class(op: str) -> OpClass:
-    """Convolutions that are kept are depthwise nearly always."""
-    return "conv grouped" if "Conv" in op else "matmul"
+    """Of a kept operator: its convolutions are depthwise nearly always."""
+    return {"Conv": "conv grouped", "ConvTranspose": "conv"}.get(op, "matmul")
