@@ -30,7 +30,6 @@ class Settings:
         error_metric: What a max-error goal limits: relative, cosine, kl, top1 or worst.
         passes: Graph passes and decompositions; where one kind is not named, all of that kind are used.
         allocator: Name of the rank rule.
-        evaluations: How many choices a rule that searches may measure.
         of: What keep-macs and keep-params are shares of: "all" or "factorable" layers.
         only: Patterns of layers that may be rewritten; empty means all.
         keep: Patterns of layers that stay.
@@ -38,6 +37,7 @@ class Settings:
         time_limit: Seconds after which the search ends with the best found; None for no limit.
         memory_limit: Bytes the search may hold in decomposed weights.
         bisect: Look for the first rewrite after which outputs differ by more than the goal's limit.
+        evaluations: How many choices a rule that searches may measure.
     """
 
     goal: Goal = DEFAULT_GOAL
@@ -51,7 +51,6 @@ class Settings:
     error_metric: str = "relative"
     passes: tuple[PassSpec, ...] = ()
     allocator: str = "knapsack"
-    evaluations: int = 100
     of: str = "all"
     only: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
@@ -59,6 +58,7 @@ class Settings:
     time_limit: float | None = None
     memory_limit: int = 1 << 30
     bisect: bool = False
+    evaluations: int = 100
 
     def __post_init__(self) -> None:
         """Refuse a goal that nothing is given to measure on."""

@@ -190,7 +190,8 @@ def test_settings_take_every_option() -> None:
     [
         (
             Recipe(allocator="magic"),
-            "got --allocator magic; expected one of knapsack, energy, minimax, full_rank; name one of these",
+            "got --allocator magic; expected one of knapsack, energy, minimax, alds, alds_authors, lagrangian, lrank, "
+            "pca_energy, constant_ratio, vbmf, beam, evolution, tpe, reinforcement, full_rank; name one of these",
         ),
         (Recipe(of="some"), "got --of some; expected all or factorable; name one of these"),
         (Recipe(seed=-1), "got --seed -1; expected 0 or more; give another number"),

@@ -168,6 +168,11 @@ def test_options_that_cannot_be_meant(asked: Recipe, text: str) -> None:
         settings_of(asked)
 
 
+def test_the_number_of_evaluations_is_handed_on() -> None:
+    asked = Recipe(allocator="beam", keep_macs=0.5, calibration="x.npz", evaluations=7)
+    assert settings_of(asked).evaluations == 7
+
+
 class KilledError(Exception):
     """Stands for a kill."""
 

@@ -63,8 +63,9 @@ def candidates(
     level = ready.normalized.level
     rule = rule_for(settings, rows, calibrated, deadline)
     timer = there.pricer(level) if there else ChainTimer(settings.target, table, level)
-    with phases.phase("time chains") as advance:
+    with phases.phase("search"):
         wanted = _of_size(rows, settings, found, source.graph, rule) if by_size else None
+    with phases.phase("time chains") as advance:
         rows = price(rows, timer, advance, lambda o: wanted is None or (o.key, o.method, o.rank) in wanted)
     return rows, timer, calibrated, rule
 
