@@ -15,7 +15,7 @@ from onnx_lowrank.spectra import Unfolding
 
 Cost = Literal["ms", "macs", "params"]
 # Kernels differ in efficiency: a format with up to this many times the padded MACs of another may still be the faster.
-# On six models 1.1 changed no choice of any goal; the rest is left to machines with other kernels.
+# On eight models 1.1 changed no choice of any goal; the rest is left to machines with other kernels.
 FORMAT_SLACK = 1.2
 SMALLEST_SHARE = 1e-9
 # A layer of this many channel blocks or more has ranks enough among their multiples.

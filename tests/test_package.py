@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-DATA = {".onnx", ".npz", ".md"}
+DATA = {".onnx", ".npz", ".md", ".toml"}
 
 
 def python(code: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:

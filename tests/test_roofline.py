@@ -69,7 +69,7 @@ def test_a_fit_finds_the_planted_machine(noise: float) -> None:
     assert found.blocks == MACHINE.blocks
     errors = cross_validated(timed)
     assert (errors.chains, errors.layers) == (480, 120)
-    assert errors.median < 0.005 + 1.5 * noise
+    assert errors.median < 0.01 + 1.5 * noise
     assert 0.0 <= errors.ratio_median <= 0.01 + 2 * noise
 
 
