@@ -70,7 +70,14 @@ def test_a_fit_finds_the_planted_machine(noise: float) -> None:
     errors = cross_validated(timed)
     assert (errors.chains, errors.layers) == (480, 120)
     assert errors.median < 0.01 + 1.5 * noise
+    assert errors.ratio_median is not None
     assert 0.0 <= errors.ratio_median <= 0.01 + 2 * noise
+
+
+def test_layers_alone_say_nothing_of_chains() -> None:
+    works = [work for work in chains(np.random.default_rng(1), 60) if len(work.steps) == 1]
+    errors = cross_validated([Timed(work, MACHINE.ms(work)) for work in works])
+    assert (errors.ratio_median, errors.ratio_p90) == (None, None)
 
 
 def test_fitted_to_one_kind_the_rest_is_no_faster() -> None:
