@@ -165,4 +165,5 @@ def _values(shapes: NodeShapes) -> int:
 
 def _op_class(op: str) -> OpClass:
     """Of a kept operator: its convolutions are depthwise nearly always."""
-    return {"Conv": "conv grouped", "ConvTranspose": "conv"}.get(op, "matmul")
+    classes: dict[str, OpClass] = {"Conv": "conv grouped", "ConvTranspose": "conv"}
+    return classes.get(op, "matmul")
