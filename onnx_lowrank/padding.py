@@ -103,7 +103,7 @@ def _same_without(session: Session, feeds: Feeds, mask: str) -> bool | None:
         after = session.run(other)
     except InputError:  # not something this model can be fed with
         return False
-    if not any(isinstance(value, np.ndarray) and value.dtype.kind == "f" for value in before.values()):
+    if not any(_is_float(value) for value in before.values()):
         return False  # labels do not flip by every change
     return all(_alike(before[name], after[name]) for name in before)
 
@@ -115,6 +115,10 @@ def _exchanged(array: NDArray[np.generic], counted: NDArray[np.bool_]) -> NDArra
     first = array[np.arange(len(array)), counted.argmax(axis=1)]
     shape = counted.shape + (1,) * (array.ndim - 2)
     return np.where(counted.reshape(shape), array, first[:, None])
+
+
+def _is_float(value: object) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype.kind == "f"
 
 
 def _alike(one: object, other: object) -> bool:
