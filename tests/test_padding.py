@@ -23,6 +23,7 @@ from onnx_lowrank.layer import Form, LayerShape
 from onnx_lowrank.padding import padding
 from onnx_lowrank.target import Target
 
+pytestmark = pytest.mark.usefixtures("quick")
 WORDS, WIDTH, OUT = 50, 24, 16
 PRODUCT = LayerShape(1, OUT, WIDTH, ())
 
