@@ -145,7 +145,7 @@ def test_what_does_not_fit_is_made_to(problem: Problem, data: st.DataObject) -> 
         (
             Recipe(allocator="beam", calibration="x.npz", max_error=0.1),
             "got --allocator beam with --max-error 0.1; expected a goal of speed or size: every allocation is a search "
-            "of its own; give one, or leave --allocator out",
+            "of its own; give --speedup, --latency-ms, --keep-macs or --keep-params",
         ),
         (
             Recipe(allocator="beam", keep_macs=0.5),
