@@ -66,16 +66,17 @@ def refine(
         chains whose factors are shared between the groups of a layer.
     """
     dtype = np.float32 if gram.dtype == np.float32 else np.float64
-    left, result = chain.equation.split("->")
-    subscripts, group = left.split(","), result[0]
+    subscripts, result = chain.letters
+    group = result[0]
     shared = not all(group in letters for letters in subscripts)
     if (shared and len(weight) > 1) or not np.isfinite(gram).all() or not all(np.isfinite(f).all() for f in factors):
         return tuple(factors)
-    found = [np.array(factor, dtype=dtype) for factor in factors]
+    found = [np.array(factor, dtype=dtype) for factor in chain.apart(factors)]
+    target = weight.reshape([chain.sizes[letter] for letter in result])
     improved = False
     for index, moment in enumerate(gram):
         own = [_member(array, letters, group, index) for array, letters in zip(found, subscripts, strict=True)]
-        problem = _Group([s.replace(group, "") for s in subscripts], result[1:], own, weight[index], moment)
+        problem = _Group([s.replace(group, "") for s in subscripts], result[1:], own, target[index], moment)
         try:
             solved = problem.solved(sweeps, iterations)
         except LinAlgError:  # overflow on the way
@@ -85,7 +86,7 @@ def refine(
         improved = True
         for view, better in zip(own, solved, strict=True):
             view[...] = better.reshape(view.shape)
-    return tuple(found) if improved else tuple(factors)
+    return tuple(new.reshape(old.shape) if improved else old for new, old in zip(found, factors, strict=True))
 
 
 def _member(array: Array, letters: str, group: str, index: int) -> Array:
