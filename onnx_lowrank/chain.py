@@ -2,8 +2,9 @@
 
 A chain of n stages replaces y = W x by y = W_n (... (W_1 x)). Every stage is a (grouped) convolution or matrix product
 with a weight of shape (groups, out, in, *kernel); the einsum equation contracts these weights, first stage first, to
-the canonical dense weight. Being linear in each factor, the equation is all that a least-squares refit needs. Letters in
-parentheses share an axis, the first one slowest (as in einops): "(gr)" are the r blocks inside each of g groups.
+the canonical dense weight. Being linear in each factor, the equation is all that a least-squares refit needs.
+
+Letters in parentheses share an axis, the first one slowest (as in einops): "(gr)" are the r blocks in each of g groups.
 """
 
 from __future__ import annotations
@@ -95,8 +96,9 @@ class Chain:
             ValueError: if the stages do not say it.
         """
         subscripts = self.equation.split("->")[0].split(",")
-        weights = [stage.weight for stage in self.stages]
-        open_ = [pair for text, shape in zip(subscripts, weights, strict=True) for pair in zip(_axes(text), shape, strict=True)]
+        open_: list[tuple[str, int]] = []
+        for text, stage in zip(subscripts, self.stages, strict=True):
+            open_.extend(zip(_axes(text), stage.weight, strict=True))
         found: dict[str, int] = {}
         while open_:
             solved = [pair for pair in open_ if sum(letter not in found for letter in pair[0]) <= 1]

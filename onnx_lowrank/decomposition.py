@@ -82,7 +82,7 @@ class Decomposition(ABC):
         """The rank at which any weight of this shape is reproduced, or None if the format cannot."""
 
     def misfit(self, shape: LayerShape, rank: Rank) -> str | None:
-        """Which ranks the layer can have, where `rank` is none of them, else None. At most the exact rank, entrywise."""
+        """Which ranks the layer can have, where `rank` is none of them, else None: here, up to the exact rank."""
         limit = self.exact_rank(shape)
         if limit is None or (len(rank) == len(limit) and all(1 <= r <= m for r, m in zip(rank, limit, strict=True))):
             return None
@@ -90,7 +90,7 @@ class Decomposition(ABC):
 
 
 def spaced(limit: int, block: int) -> list[int]:
-    """Few of the `aligned` ranks, about five in each fourfold: for formats where every rank is an iteration of its own."""
+    """Few of the `aligned` ranks, each 1.3 times the one before or more: where every rank is fitted by itself."""
     kept: list[int] = []
     for rank in aligned(limit, block):
         if not kept or rank >= 1.3 * kept[-1]:

@@ -20,29 +20,6 @@ METHODS = decompositions()
 RNG = np.random.default_rng(7)
 
 
-def cp(shape: LayerShape, rank: Rank) -> Chain:
-    """Canonical polyadic: no pass of ours, only an equation."""
-    (r,), (h, w) = rank, shape.kernel
-    stages = (
-        Stage(shape.groups, r, shape.in_, (1, 1)),
-        Stage(shape.groups, r, 1, (h, 1)),
-        Stage(shape.groups, r, 1, (1, w)),
-        Stage(shape.groups, shape.out, r, (1, 1)),
-    )
-    return Chain("cp", stages, "grcab,grdhe,grfiw,gsrjk->gschw")
-
-
-def tensor_train(shape: LayerShape, rank: Rank) -> Chain:
-    (r,), (h, w) = rank, shape.kernel
-    stages = (
-        Stage(shape.groups, r, shape.in_, (1, 1)),
-        Stage(shape.groups, r, r, (h, 1)),
-        Stage(shape.groups, r, r, (1, w)),
-        Stage(shape.groups, shape.out, r, (1, 1)),
-    )
-    return Chain("tensor_train", stages, "gpcab,gqphd,grqew,gsrij->gschw")
-
-
 def shared_tap(shape: LayerShape, rank: Rank) -> Chain:
     """The height in two stages at once: no convolution does that, but the equation is linear in both."""
     (r,), (h, w) = rank, shape.kernel
@@ -57,13 +34,18 @@ CASES = {
     "spatial_svd": (CONV, METHODS["spatial_svd"].chain(CONV, (4,))),
     "spatial_svd_reversed": (CONV, METHODS["spatial_svd_reversed"].chain(CONV, (4,))),
     "tucker2": (CONV, METHODS["tucker2"].chain(CONV, (3, 4))),
-    "cp": (CONV, cp(CONV, (4,))),
-    "tensor_train": (CONV, tensor_train(CONV, (3,))),
+    "cp": (CONV, METHODS["cp"].chain(CONV, (4,))),
+    "cp_spatial": (CONV, METHODS["cp_spatial"].chain(CONV, (4,))),
+    "tensor_train": (CONV, METHODS["tensor_train"].chain(CONV, (3, 3, 3))),
+    "grouped_svd": (CONV, METHODS["grouped_svd"].chain(CONV, (2, 2))),
+    "block_term": (CONV, METHODS["block_term"].chain(CONV, (2, 2, 3))),
     "shared tap": (CONV, shared_tap(CONV, (3,))),
     "dense": (CONV, Chain.unfactored(CONV)),
     "grouped": (shape := LayerShape(3, 6, 4, (3, 2)), METHODS["spatial_svd"].chain(shape, (2,))),
     "grouped tucker2": (shape, METHODS["tucker2"].chain(shape, (2, 3))),
-    "grouped cp": (shape, cp(shape, (3,))),
+    "grouped cp_spatial": (shape, METHODS["cp_spatial"].chain(shape, (3,))),
+    "grouped grouped_svd": (shape, METHODS["grouped_svd"].chain(shape, (2, 2))),
+    "grouped block_term": (shape, METHODS["block_term"].chain(shape, (2, 2, 2))),
     "Conv1d": (shape := LayerShape(1, 7, 5, (4,)), METHODS["svd_input"].chain(shape, (2,))),
     "Conv3d": (shape := LayerShape(1, 5, 4, (2, 3, 2)), METHODS["spatial_svd_reversed"].chain(shape, (3,))),
     "Conv3d tucker2": (shape, METHODS["tucker2"].chain(shape, (2, 3))),

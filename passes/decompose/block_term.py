@@ -2,10 +2,10 @@
 
     W = sum_n core_n x_1 B_n x_2 A_n,    A_n (r1, C), core_n (r2, r1, kernel), B_n (S, r2):
 
-a sum of N Tucker-2 blocks, which is one Tucker-2 chain with a core in N groups: at equal end ranks it has an N-th of the
-core's weights. Fitted by alternating least squares; the ends of all blocks are solved for together, the cores one after
-the other, and every step has a closed form. The first start splits the bases of one HOSVD among the blocks. Blocks can
-grow and cancel as terms of CP do; a fit where they did is not used.
+a sum of N Tucker-2 blocks, which is one Tucker-2 chain with a core in N groups: with ends as wide, the core has an N-th
+of the weights. Fitted by alternating least squares from the bases of one HOSVD, dealt to the blocks: the ends of all
+blocks are solved for together, the cores one after the other, each step in closed form. Blocks can grow and cancel as
+terms of CP do; a fit where they did is not used.
 
 Weights per group: N (r1 C + r1 r2 prod kernel + S r2). The rank is (N, r1, r2).
 """
@@ -29,7 +29,7 @@ from onnx_lowrank.passes.decompose.tucker2 import subspaces
 
 _BLOCKS = (2, 4, 8)
 _SKEW = 1.35  # the shares of channels kept at both ends differ by this factor at most
-_TOLERANCE = 1e-4
+_TOLERANCE = 1e-3  # relative fall of the error per sweep at which iterations end
 _LIMIT = 10.0  # sum ||block||^2 / ||W||^2 above which a fit is not used
 
 
@@ -133,7 +133,7 @@ def _dealt(basis: Array, count: int, rank: int, rng: np.random.Generator) -> Arr
 
 def _with_first(weight: Array, blocks: Blocks) -> Blocks:
     """All A_n at once: the features are those of the transposed problem."""
-    count, right, left, taps = blocks.cores.shape
+    count, _, left, taps = blocks.cores.shape
     features = np.einsum("nqpk,nsq->npsk", blocks.cores, blocks.last, optimize=True).reshape(count * left, -1)
     cross = features @ weight.swapaxes(1, 2).reshape(len(weight) * taps, -1)
     return Blocks(_least_squares(features @ features.T, cross).reshape(count, left, -1), blocks.cores, blocks.last)

@@ -1,11 +1,11 @@
 """CP: a 1x1 convolution C->R, depthwise convolutions that carry the kernel, a 1x1 convolution R->S.
 
-`cp` keeps the kernel whole (3-way tensor S x C x prod kernel): R (C + prod kernel + S) weights. `cp_spatial` gives every
-spatial axis a depthwise convolution of its own (4-way in two dimensions; Lebedev et al., ICLR 2015): R (C + kh + kw + S).
+`cp` keeps the kernel whole (3-way tensor S x C x prod kernel): R (C + prod kernel + S) weights. `cp_spatial` has a
+depthwise convolution per spatial axis (4-way in two dimensions; Lebedev et al., ICLR 2015): R (C + kh + kw + S).
 
 Fitted by alternating least squares from several starts, the first one being the terms of the next lower rank so far.
-Where the terms have grown they are corrected at an error at most 1 % larger (Phan et al., ECCV 2020; see `cp_als`); what
-is still degenerate then is not used: its rank gets the terms of a lower one.
+Where the terms have grown they are corrected at an error at most 1 % larger (Phan et al., ECCV 2020; see `cp_als`).
+What is still degenerate then is not used: its rank gets the terms of a lower one.
 """
 
 from __future__ import annotations

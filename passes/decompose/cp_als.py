@@ -2,16 +2,15 @@
 
     W[s, c, k1, .., kd] ~ sum_r w_r a_r[s] b_r[c] d1_r[k1] .. dd_r[kd],    all vectors of unit length.
 
-The best approximation of rank R need not exist: terms then grow without bound and cancel each other. Two terms that
-cancel to a thousandth of their size lose three digits in float32, and every later refit fights them. The error-preserving
-correction (Phan et al., IEEE TNNLS 2020, arXiv 2008.05441) minimises sum_r w_r^2 under a bound on the error: for one
-factor A, the others of unit length, that is
+The best approximation of rank R need not exist: terms then grow without bound and cancel each other, which costs digits
+in float32 and in every later refit. The error-preserving correction (Phan et al., ECCV 2020; arXiv 2008.05441) lowers
+sum_r w_r^2 as far as a bound on the error allows: for one factor A, the others of unit length, that is
 
     min ||A||^2  subject to  ||W_(A) - A K^T|| <= delta,    K the Khatri-Rao product of the others,
 
 solved by A = M (Gamma + lambda I)^-1, M = W_(A) K, Gamma = K^T K, with the one lambda at which the bound is met.
-Arrays only. TensorLy's `parafac` is the reference in the tests; it takes ten times as long at the ranks of interest, as
-it multiplies the tensor by one term at a time.
+TensorLy's `parafac` is the reference in the tests; at the ranks of interest it takes several times as long,
+as it multiplies the tensor by one term at a time.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ from onnx_lowrank.layer import Array
 from onnx_lowrank.linalg import leading_subspace, scaled_root
 
 _SCREENING = 8  # sweeps after which the best start is known
-_TOLERANCE = 1e-4  # relative fall of the error per sweep at which iterations end
-_SHRINKING = 1e-2  # the same for the sum of squared terms
+TOLERANCE = 1e-3  # what comes after, the refit or the next rank, starts from here
+_SHRINKING = 2e-2  # relative fall of the sum of squared terms per sweep at which the correction ends
 # A factor from W_(A) K, K^T K and the factor as it is.
 Step = Callable[[Array, Array, Array], Array]
 
@@ -101,16 +100,22 @@ class Problem:
             factors.append(np.hstack([basis, _unit(rng.standard_normal((size, rank - basis.shape[1])))[0]]))
         return Terms(np.ones(rank), tuple(factors))
 
-    def als(self, starts: Sequence[Terms], sweeps: int) -> Terms:
-        """Alternating least squares from the start that is best after a few sweeps."""
-        screened = [self._descended(start, min(_SCREENING, sweeps)) for start in starts]
-        return self._descended(min(screened, key=lambda entry: entry[1])[0], sweeps - _SCREENING)[0]
+    def als(self, starts: Sequence[Terms], sweeps: int, tolerance: float = TOLERANCE) -> Terms:
+        """Alternating least squares from the start that is best after a few sweeps.
 
-    def _descended(self, terms: Terms, sweeps: int) -> tuple[Terms, float]:
+        Args:
+            starts: At least one.
+            sweeps: At most.
+            tolerance: Relative fall of the error per sweep below which it ends.
+        """
+        screened = [self._descended(start, min(_SCREENING, sweeps), tolerance) for start in starts]
+        return self._descended(min(screened, key=lambda entry: entry[1])[0], sweeps - _SCREENING, tolerance)[0]
+
+    def _descended(self, terms: Terms, sweeps: int, tolerance: float) -> tuple[Terms, float]:
         error = math.inf
         for _ in range(sweeps):
             before, (terms, error) = error, self._sweep(terms, _least_squares)
-            if before - error < _TOLERANCE * before:
+            if before - error < tolerance * before:
                 break
         return terms, error
 
@@ -192,8 +197,9 @@ def exact_terms(tensor: Array) -> Terms:
     """The tensor as one term for each of its fibres along its longest axis: always exact, of product-of-others rank."""
     longest = int(np.argmax(tensor.shape))
     fibres = np.moveaxis(tensor, longest, 0).reshape(tensor.shape[longest], -1)
-    places = np.indices([size for axis, size in enumerate(tensor.shape) if axis != longest]).reshape(tensor.ndim - 1, -1)
-    factors = [np.eye(size)[:, at] for size, at in zip(np.delete(tensor.shape, longest), places, strict=True)]
+    others = [size for axis, size in enumerate(tensor.shape) if axis != longest]
+    places = np.indices(others).reshape(len(others), -1)
+    factors = [np.eye(size)[:, at] for size, at in zip(others, places, strict=True)]
     columns, weights = _unit(fibres)
     factors.insert(longest, columns)
     return Terms(weights, tuple(factors))

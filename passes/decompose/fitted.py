@@ -1,14 +1,13 @@
 """What formats without a closed form share: a fit of its own for every rank asked for, remembered, and the best so far.
 
 They all end in a 1x1 convolution that alone holds the outputs: W = A T, with the features T that the stages before it
-compute. Calibrated, the data-free fit gives T, and A is the least-squares solution on the second moment G,
+compute. Calibrated, the data-free fit gives T, A is the least-squares solution on the second moment G,
 
-    A (T G T^T) = M G T^T;
+    A (T G T^T) = M G T^T,
 
-its exact error is what is told. The factors handed out are then refined over all stages (`multilinear.refine`), which
-only lowers it.
+and one sweep over all stages follows (`multilinear.refine`), which only lowers the error.
 
-Errors never rise with the rank: a rank gets the best fit among those asked for so far at or below it, padded with zeros.
+Errors never rise with the rank: a rank gets the best fit of those asked for so far at or below it, padded with zeros.
 """
 
 from __future__ import annotations
@@ -60,7 +59,6 @@ class Fitted(Factorization):
         self._largest = float(np.linalg.eigvalsh(energy).max(initial=0.0))
         self._fits: dict[Rank, _Fit] = {}
         self._told: dict[Rank, tuple[float, Rank]] = {}
-        self._refined: dict[Rank, tuple[Array, ...]] = {}
 
     @abstractmethod
     def fit(self, rank: Rank) -> tuple[Array, ...]:
@@ -83,11 +81,9 @@ class Fitted(Factorization):
         return self.error(rank) * math.sqrt(self._total / self._largest) if self._largest > 0 else 0.0
 
     def factors(self, rank: Rank) -> tuple[Array, ...]:
-        """Weights of the stages: the best fit so far at or below `rank`, refined where there is a second moment."""
+        """Weights of the stages: the best fit so far at or below `rank`."""
         at = self._answer(rank)[1]
-        if at not in self._refined:
-            self._refined[at] = self._refine(at, self._fits[at])
-        return _padded(self.method.chain(self.shape, at), self._refined[at], self.method.chain(self.shape, rank))
+        return _padded(self.method.chain(self.shape, at), self._fits[at].factors, self.method.chain(self.shape, rank))
 
     def _fits_below(self, rank: Rank) -> list[tuple[Rank, _Fit]]:
         """What was fitted so far at ranks of the same structure that do not exceed `rank`, best first."""
@@ -114,36 +110,32 @@ class Fitted(Factorization):
             return _Fit(tuple(np.zeros(stage.weight) for stage in chain.stages), 0.0)
         factors = self.fit(rank)
         if self._gram is None:
-            difference = self.weight - chain.dense(factors)
-            return self._checked(rank, factors, float(np.linalg.norm(difference)) / math.sqrt(self._total))
-        return self._checked(rank, *self._solved(chain, factors, self._gram))
-
-    def _checked(self, rank: Rank, factors: tuple[Array, ...], error: float) -> _Fit:
+            error = float(np.linalg.norm(self.weight - chain.dense(factors))) / math.sqrt(self._total)
+        else:
+            factors, error = self._refined(rank, chain, self._solved(chain, factors, self._gram), self._gram)
         lowest = not self._fits_below(rank)  # something must be handed out
         return _Fit(factors, error if lowest or self.usable(rank, factors) else math.inf)
 
-    def _solved(self, chain: Chain, factors: Sequence[Array], gram: Array) -> tuple[tuple[Array, ...], float]:
-        """The factors with the last one solved for, and the output error."""
+    def _solved(self, chain: Chain, factors: Sequence[Array], gram: Array) -> tuple[Array, ...]:
+        """The factors with the last one solved for."""
         subscripts, result = chain.letters
         group, out = result[:2]
         features = subscripts[-1].replace(group, "").replace(out, "")
         terms = list(zip(subscripts[:-1], chain.apart(factors)[:-1], strict=True))
         rows = contract(terms, group + features + result[2:], chain.sizes).reshape(len(gram), -1, gram.shape[1])
-        half = rows @ gram
-        fits = [NestedFit(h @ r.T, r @ p.T) for h, r, p in zip(half, rows, self._product, strict=True)]
-        last = np.stack([fit.solve(rows.shape[1]).T for fit in fits])
-        explained = sum(float(np.square(fit.explained).sum()) for fit in fits)
-        made = (*factors[:-1], last.reshape(chain.stages[-1].weight))
-        return _balanced(made), math.sqrt(max(0.0, 1.0 - explained / self._total))
+        triples = zip(rows @ gram, rows, self._product, strict=True)
+        last = [NestedFit(half @ row.T, row @ product.T).solve(len(row)).T for half, row, product in triples]
+        return _balanced((*factors[:-1], np.stack(last).reshape(chain.stages[-1].weight)))
 
-    def _refine(self, rank: Rank, fit: _Fit) -> tuple[Array, ...]:
-        if self._gram is None or fit.error == 0:
-            return fit.factors
-        metric = self._gram.astype(np.float32) if self._gram.shape[1] >= _LARGE else self._gram
-        found = refine(self.method.chain(self.shape, rank), fit.factors, self.weight, metric)
-        dense = self.method.chain(self.shape, rank).dense(found)
-        better = self.usable(rank, found) and output_error(self.weight, dense, self._gram) <= fit.error
-        return found if better else fit.factors
+    def _refined(
+        self, rank: Rank, chain: Chain, factors: tuple[Array, ...], gram: Array
+    ) -> tuple[tuple[Array, ...], float]:
+        """The factors after one sweep, or as they were where that did not help, and their output error."""
+        metric = gram.astype(np.float32) if gram.shape[1] >= _LARGE else gram
+        tried = (factors, refine(chain, factors, self.weight, metric, sweeps=1))
+        judged = [(output_error(self.weight, chain.dense(found), gram), found) for found in tried]
+        error, best = min(judged, key=lambda entry: entry[0])
+        return (best, error) if self.usable(rank, best) else (factors, judged[0][0])
 
 
 def _balanced(factors: Sequence[Array]) -> tuple[Array, ...]:

@@ -1,4 +1,4 @@
-"""Grouped SVD: a kxk convolution C->k j in k groups and a 1x1 convolution k j->S (ALDS: Liebenwein et al., NeurIPS 2021).
+"""Grouped SVD: a kxk convolution C->k j in k groups, a 1x1 convolution k j->S (ALDS; Liebenwein et al., NeurIPS 2021).
 
 The input channels are cut into k slices of C / k; the unfolding S x (C/k prod kernel) of each gets a truncated SVD of
 its own, W_i ~ A_i B_i with j components, and the last stage adds the slices up. k = 1 is `svd`. More slices cost less
@@ -21,7 +21,7 @@ import numpy as np
 
 from onnx_lowrank.chain import Chain, Stage
 from onnx_lowrank.decomposition import Decomposition, Factorization, Rank, aligned
-from onnx_lowrank.layer import Array, LayerShape, Shape
+from onnx_lowrank.layer import Array, LayerShape
 from onnx_lowrank.linalg import NestedFit, spectrum, whitened_rows
 from onnx_lowrank.passes.decompose.whitened import usable
 

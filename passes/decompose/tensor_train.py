@@ -1,7 +1,7 @@
 """Tensor train: 1x1 C->r1, kh x 1 r1->r2, 1 x kw r2->r3, 1x1 r3->S (Oseledets, SIAM J. Sci. Comput. 2011).
 
-The weight as a tensor C x kh x kw x S is a train of four cores. With U_in and U_out the leading left singular vectors of
-the C and S unfoldings and G = U_out^T W U_in, the middle two cores are the truncated SVD of G's (r1 kh) x (kw r3)
+The weight as a tensor C x kh x kw x S is a train of four cores. With U_in and U_out the leading left singular vectors
+of the C and S unfoldings and G = U_out^T W U_in, the middle two cores are the truncated SVD of G's (r1 kh) x (kw r3)
 unfolding. All of it projects, so the squared error is ||W||^2 minus the energy of the r2 largest singular values there,
 exactly, and never rises with any rank. With three spatial axes the first one is split from the other two.
 
@@ -25,7 +25,7 @@ from onnx_lowrank.passes.decompose.fitted import Fitted
 from onnx_lowrank.passes.decompose.tucker2 import core_of, subspaces
 from onnx_lowrank.passes.decompose.whitened import usable
 
-_SKEW = 1.6  # the shares of channels kept at both ends differ by this factor at most
+_SKEW = 1.35  # the shares of channels kept at both ends differ by this factor at most
 
 
 class Train(Factorization):
@@ -134,8 +134,8 @@ class TensorTrain(Decomposition):
             for right in spaced(shape.out, block):
                 if not 1 / _SKEW <= left * shape.out / (right * shape.in_) <= _SKEW:
                     continue
-                middles = spaced(min(left * first, right * rest), block)
-                found.extend((left, middle, right) for middle in middles if middle >= min(left, right))
+                most = min(left * first, right * rest)
+                found.extend((left, middle, right) for middle in spaced(most, block)[::2] if middle >= min(left, right))
         return [rank for rank in found if self.chain(shape, rank).params < shape.params]
 
     def chain(self, shape: LayerShape, rank: Rank) -> Chain:

@@ -154,6 +154,7 @@ def core_of(weight: Array, u_out: Array, u_in: Array) -> Array:
 
 
 def subspaces(unfoldings: list[Array]) -> tuple[Array, Array]:
+    """Left singular vectors and values of every matrix of a list, stacked."""
     pairs = [leading_subspace(matrix, len(matrix)) for matrix in unfoldings]
     return np.stack([basis for basis, _ in pairs]), np.stack([values for _, values in pairs])
 
