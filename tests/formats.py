@@ -7,10 +7,11 @@ import math
 from onnx_lowrank.decomposition import Decomposition, Rank
 from onnx_lowrank.layer import LayerShape
 from onnx_lowrank.passes.decompose import decompositions
+from onnx_lowrank.passes.decompose.block_term import BlockTerm
 from onnx_lowrank.passes.decompose.cp import Cp, CpSpatial
 
-QUICK = {method.name: method for method in (Cp(restarts=0, sweeps=6), CpSpatial(restarts=0, sweeps=6))}
-METHODS = decompositions() | QUICK
+_QUICK = (Cp(restarts=0, sweeps=6), CpSpatial(restarts=0, sweeps=6), BlockTerm(restarts=0, sweeps=6))
+METHODS = decompositions() | {method.name: method for method in _QUICK}
 FEW = 4
 
 

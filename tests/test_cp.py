@@ -10,7 +10,7 @@ from tensorly.cp_tensor import cp_to_tensor
 from tensorly.decomposition import parafac
 
 from onnx_lowrank.layer import Array, Shape
-from onnx_lowrank.passes.decompose.cp import LIMIT, Cp, CpFit
+from onnx_lowrank.passes.decompose.cp import Cp, CpFit
 from onnx_lowrank.passes.decompose.cp_als import Problem, Terms, exact_terms
 
 
@@ -21,13 +21,13 @@ def degenerate(size: int, seed: int) -> Array:
     return sum(np.einsum("i,j,k->ijk", *terms) for terms in ((a, b, z), (a, y, c), (x, b, c)))
 
 
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=6)
 @given(st.sampled_from([(8, 6, 5), (7, 6, 3, 3)]), st.integers(1, 3), st.integers(0, 99))
 def test_planted_terms_are_found(shape: Shape, rank: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     planted = Terms(rng.uniform(0.5, 2, rank), tuple(np.linalg.qr(rng.standard_normal((n, rank)))[0] for n in shape))
     problem = Problem(planted.dense())
-    found = problem.als([problem.spectral(rank, rng), *(problem.random(rank, rng) for _ in range(3))], 200, 1e-9)
+    found = problem.als([problem.spectral(rank, rng), *(problem.random(rank, rng) for _ in range(3))], 100, 1e-6)
     assert problem.error(found) < 1e-3
     np.testing.assert_allclose(np.sort(found.weights), np.sort(planted.weights), rtol=1e-2)
 
@@ -39,17 +39,17 @@ def test_as_good_as_tensorly(shape: Shape, rank: int) -> None:
     problem = Problem(tensor)
     ours = problem.als([problem.spectral(rank, rng), *(problem.random(rank, rng) for _ in range(3))], 300, 1e-7)
     theirs = cp_to_tensor(parafac(tensor, rank, n_iter_max=300, init="random", random_state=0, tol=1e-8))
-    assert problem.error(ours) <= 1.02 * np.linalg.norm(tensor - theirs) / np.linalg.norm(tensor)
+    assert problem.error(ours) <= 1.03 * np.linalg.norm(tensor - theirs) / np.linalg.norm(tensor)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_correction_undoes_what_cancels(seed: int) -> None:
     problem, rng = Problem(degenerate(6, seed)), np.random.default_rng(seed)
     plain = problem.als([problem.random(2, rng) for _ in range(3)], 300, 1e-9)
-    assert problem.degeneracy(plain) > LIMIT
+    assert problem.degeneracy(plain) > 5
     better = problem.corrected(plain, 0.01, 60)
     assert problem.error(better) <= 1.01 * problem.error(plain) * (1 + 1e-6)
-    assert problem.degeneracy(better) < problem.degeneracy(plain)
+    assert problem.degeneracy(better) < 0.95 * problem.degeneracy(plain)
 
 
 @settings(deadline=None, max_examples=10)

@@ -11,6 +11,7 @@ from onnx_lowrank.chain import Chain, Stage
 from onnx_lowrank.decomposition import Rank, spaced
 from onnx_lowrank.layer import LayerShape
 from onnx_lowrank.passes.decompose import decompositions
+from onnx_lowrank.passes.decompose.block_term import BlockTerm
 
 METHODS = decompositions()
 SHAPE = LayerShape(1, 12, 8, (3, 3))
@@ -45,14 +46,12 @@ def test_trains_are_as_good_as_tensorlys(ranks: Rank) -> None:
 
 
 @pytest.mark.parametrize("groups", [1, 3])
-def test_planted_blocks_are_approximated_better_than_by_one_core_of_their_ranks(groups: int) -> None:
-    shape, method = LayerShape(groups, 12, 10, (3, 3)), METHODS["block_term"]
-    chain, rng = method.chain(shape, (2, 2, 3)), np.random.default_rng(4)
+@pytest.mark.parametrize("seed", range(3))
+def test_planted_blocks_are_found(groups: int, seed: int) -> None:
+    shape, method = LayerShape(groups, 12, 10, (3, 3)), BlockTerm(restarts=6, sweeps=200)
+    chain, rng = method.chain(shape, (2, 2, 3)), np.random.default_rng(seed)
     weight = chain.dense([rng.standard_normal(stage.weight) for stage in chain.stages])
-    error = method.factorize(weight).error((2, 2, 3))
-    assert error < 0.5 * METHODS["tucker2"].factorize(weight).error((2, 3))
-    # The bases of both ends are exactly those of the weight: only the two halves of the core are not found at once.
-    assert METHODS["tucker2"].factorize(weight).error((4, 6)) < 1e-6
+    assert method.factorize(weight).error((2, 2, 3)) < 1e-3
 
 
 def test_shared_axes_need_another_stage_that_says_their_lengths() -> None:

@@ -3,9 +3,9 @@
     W = sum_n core_n x_1 B_n x_2 A_n,    A_n (r1, C), core_n (r2, r1, kernel), B_n (S, r2):
 
 a sum of N Tucker-2 blocks, which is one Tucker-2 chain with a core in N groups: with ends as wide, the core has an N-th
-of the weights. Fitted by alternating least squares from the bases of one HOSVD, dealt to the blocks: the ends of all
-blocks are solved for together, the cores one after the other, each step in closed form. Blocks can grow and cancel as
-terms of CP do; a fit where they did is not used.
+of the weights. Fitted by alternating least squares from the bases of one HOSVD, dealt to the blocks as they are and
+turned at random: the ends of all blocks are solved for together, the cores one after the other, each step in closed
+form. Blocks can grow and cancel as terms of CP do; a fit where they did is not used.
 
 Weights per group: N (r1 C + r1 r2 prod kernel + S r2). The rank is (N, r1, r2).
 """
@@ -29,6 +29,7 @@ from onnx_lowrank.passes.decompose.tucker2 import subspaces
 
 _BLOCKS = (2, 4, 8)
 _SKEW = 1.35  # the shares of channels kept at both ends differ by this factor at most
+_SCREENING = 8  # sweeps after which the best start is known
 _TOLERANCE = 1e-3  # relative fall of the error per sweep at which iterations end
 _LIMIT = 10.0  # sum ||block||^2 / ||W||^2 above which a fit is not used
 
@@ -63,7 +64,7 @@ class BlockFit(Fitted):
 
     def __init__(self, method: BlockTerm, weight: Array, gram: Array | None) -> None:
         super().__init__(method, weight, gram)
-        self.sweeps = method.sweeps
+        self.sweeps, self.restarts = method.sweeps, method.restarts
         groups, out, in_ = weight.shape[:3]
         self._flat = self.weight.reshape(groups, out, in_, -1)
         self._bases = [
@@ -103,30 +104,38 @@ class BlockFit(Fitted):
         return sum(Blocks(*part).energy for part in parts) <= _LIMIT * float(np.vdot(self._flat, self._flat))
 
     def _fitted(self, group: int, rank: Rank) -> Blocks:
-        count, left, right = rank
-        weight, (u_in, u_out) = self._flat[group], self._bases[group]
-        rng = np.random.default_rng(0)
-        first = _dealt(u_in, count, left, rng).swapaxes(1, 2)
-        last = _dealt(u_out, count, right, rng)
-        cores = np.zeros((count, right, left, weight.shape[2]))
-        blocks = _with_cores(weight, Blocks(first, cores, last))
-        error, energy = math.inf, float(np.vdot(weight, weight))
-        for _ in range(self.sweeps):
-            blocks = _with_cores(weight, _with_first(weight, blocks))
-            features = blocks.features
-            cross = weight.reshape(len(weight), -1) @ features.T
-            solved = _least_squares(features @ features.T, cross.T)
-            last = solved.reshape(count, right, -1).swapaxes(1, 2)
-            blocks = Blocks(blocks.first, blocks.cores, last)
-            before, error = error, math.sqrt(max(energy - float(np.vdot(solved, cross.T)), 0.0))
-            if before - error <= _TOLERANCE * before:
-                break
-        return blocks
+        """From the start that is best after a few sweeps: bases as they are, or turned at random."""
+        (count, left, right), weight, rng = rank, self._flat[group], np.random.default_rng(0)
+        begun: list[tuple[Blocks, float]] = []
+        for turned in range(1 + self.restarts):
+            ends = zip(self._bases[group], (left, right), strict=True)
+            u_in, u_out = (_dealt(basis, count, size, rng, turned=turned > 0) for basis, size in ends)
+            blocks = Blocks(u_in.swapaxes(1, 2), np.zeros((count, right, left, weight.shape[2])), u_out)
+            begun.append(_descended(weight, _with_cores(weight, blocks), min(_SCREENING, self.sweeps)))
+        return _descended(weight, min(begun, key=lambda entry: entry[1])[0], self.sweeps - _SCREENING)[0]
 
 
-def _dealt(basis: Array, count: int, rank: int, rng: np.random.Generator) -> Array:
+def _descended(weight: Array, blocks: Blocks, sweeps: int) -> tuple[Blocks, float]:
+    """Alternating least squares: the blocks and their error; infinite if there was no sweep to make."""
+    count, right = blocks.cores.shape[:2]
+    energy, error = float(np.vdot(weight, weight)), math.inf
+    for _ in range(sweeps):
+        blocks = _with_cores(weight, _with_first(weight, blocks))
+        features = blocks.features
+        cross = features @ weight.reshape(len(weight), -1).T
+        solved = _least_squares(features @ features.T, cross)
+        blocks = Blocks(blocks.first, blocks.cores, solved.reshape(count, right, -1).swapaxes(1, 2))
+        before, error = error, math.sqrt(max(energy - float(np.vdot(solved, cross)), 0.0))
+        if error > (1 - _TOLERANCE) * before:
+            break
+    return blocks, error
+
+
+def _dealt(basis: Array, count: int, rank: int, rng: np.random.Generator, *, turned: bool) -> Array:
     """Columns of a basis dealt to the blocks in turn, (N, size, r); random where there are too few."""
     wanted = basis[:, : count * rank]
+    if turned:
+        wanted = wanted @ np.linalg.qr(rng.standard_normal((wanted.shape[1],) * 2))[0]
     more = rng.standard_normal((len(basis), count * rank - wanted.shape[1])) / math.sqrt(len(basis))
     return np.hstack([wanted, more]).reshape(len(basis), rank, count).transpose(2, 0, 1)
 
@@ -167,6 +176,7 @@ def _least_squares(gram: Array, cross: Array) -> Array:
 class BlockTerm(Decomposition):
     """Block terms: 1x1 C->N r1, kxk N r1->N r2 in N groups, 1x1 N r2->S."""
 
+    restarts: int = 1
     sweeps: int = 40
     name: ClassVar[str] = "block_term"
     on_request: ClassVar[str] = "every rank is fitted by iteration, minutes for wide layers"

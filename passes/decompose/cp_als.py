@@ -199,7 +199,7 @@ def exact_terms(tensor: Array) -> Terms:
     fibres = np.moveaxis(tensor, longest, 0).reshape(tensor.shape[longest], -1)
     others = [size for axis, size in enumerate(tensor.shape) if axis != longest]
     places = np.indices(others).reshape(len(others), -1)
-    factors = [np.eye(size)[:, at] for size, at in zip(others, places, strict=True)]
+    factors: list[Array] = [np.eye(size)[:, at] for size, at in zip(others, places, strict=True)]
     columns, weights = _unit(fibres)
     factors.insert(longest, columns)
     return Terms(weights, tuple(factors))
