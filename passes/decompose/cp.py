@@ -71,7 +71,7 @@ class CpFit(Fitted):
         first = self._terms[below][group].widened(rank, rng) if below else problem.spectral(rank, rng)
         starts = [first, *(problem.random(rank, rng) for _ in range(self.cp.restarts))]
         terms = problem.als(starts, self.cp.sweeps)
-        return problem.corrected(terms, SLACK, self.cp.sweeps) if problem.degeneracy(terms) > CALM else terms
+        return problem.corrected(terms, SLACK, CALM) if problem.degeneracy(terms) > CALM else terms
 
     def _stages(self, terms: Sequence[Terms]) -> tuple[Array, ...]:
         """The terms as weights, the length of each shared by all stages."""

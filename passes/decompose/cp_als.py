@@ -29,7 +29,9 @@ from onnx_lowrank.linalg import leading_subspace, scaled_root
 
 _SCREENING = 8  # sweeps after which the best start is known
 TOLERANCE = 1e-3  # what comes after, the refit or the next rank, starts from here
-_SHRINKING = 2e-2  # relative fall of the sum of squared terms per sweep at which the correction ends
+_XTOL = 1e-3  # of the logarithm of lambda
+_CORRECTIONS = 400  # sweeps at most
+_SHRINKING = 1e-3  # relative fall of the sum of squares per sweep at which they end
 # A factor from W_(A) K, K^T K and the factor as it is.
 Step = Callable[[Array, Array, Array], Array]
 
@@ -119,16 +121,24 @@ class Problem:
                 break
         return terms, error
 
-    def corrected(self, terms: Terms, slack: float, sweeps: int) -> Terms:
-        """The same terms with the least sum of squares at an error of at most 1 + `slack` times theirs."""
+    def corrected(self, terms: Terms, slack: float, calm: float) -> Terms:
+        """Terms whose squares add up to less, with an error of at most 1 + `slack` times that of the given ones.
+
+        It is slow at first and may stand almost still on the way: stopping at a fall of 2 % per sweep lost half of it.
+
+        Args:
+            terms: Where to start.
+            slack: By how much the error may rise, relative to it.
+            calm: The degeneracy at which it is good enough.
+        """
         bound = max((1 + slack) * self.error(terms), 1e-7) * self.norm
 
         def step(mttkrp: Array, gamma: Array, factor: Array) -> Array:
             return self._shrunk(mttkrp, gamma, factor, bound)
 
-        for _ in range(sweeps):
+        for _ in range(_CORRECTIONS):
             before, (terms, _) = terms, self._sweep(terms, step)
-            if terms.energy > (1 - _SHRINKING) * before.energy:
+            if self.degeneracy(terms) <= calm or terms.energy > (1 - _SHRINKING) * before.energy:
                 break
         return terms
 
@@ -146,7 +156,7 @@ class Problem:
         low, high = math.log(1e-12), math.log(1e6)
         if not values[-1] > 0 or excess(low) > 0 or excess(high) < 0:
             return factor
-        ridge = math.exp(float(brentq(excess, low, high, xtol=1e-3)))
+        ridge = math.exp(float(brentq(excess, low, high, xtol=_XTOL)) - 2 * _XTOL)  # on the side that keeps the bound
         return (rotated / (values + ridge * values[-1])) @ vectors.T
 
     def _sweep(self, terms: Terms, step: Step) -> tuple[Terms, float]:
