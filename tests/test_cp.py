@@ -18,7 +18,7 @@ def degenerate(size: int, seed: int) -> Array:
     """a a b + a b a + b a a: rank 3, but a limit of rank-2 tensors whose two terms cancel."""
     basis = np.linalg.qr(np.random.default_rng(seed).standard_normal((3, size, 2)))[0]
     (a, x), (b, y), (c, z) = (pair.T for pair in basis)
-    return sum(np.einsum("i,j,k->ijk", *terms) for terms in ((a, b, z), (a, y, c), (x, b, c)))
+    return np.sum([np.einsum("i,j,k->ijk", *terms) for terms in ((a, b, z), (a, y, c), (x, b, c))], axis=0)
 
 
 @settings(deadline=None, max_examples=6)

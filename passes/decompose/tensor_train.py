@@ -108,7 +108,7 @@ class TensorTrain(Decomposition):
     """Tensor train by orthogonal bases: 1x1 C->r1, kh x 1 r1->r2, 1 x kw r2->r3, 1x1 r3->S."""
 
     name: ClassVar[str] = "tensor_train"
-    on_request: ClassVar[str] = "it has three ranks, and its four small stages rarely beat two or three on a CPU"
+    on_request: ClassVar[str] = "it has three ranks, and so many chains to time"
 
     def halves(self, shape: LayerShape) -> tuple[Shape, Shape]:
         """Kernels of the two stages in the middle: the first axis longer than one, and the others."""
