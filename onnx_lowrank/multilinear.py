@@ -21,7 +21,7 @@ import numpy as np
 from scipy.linalg import LinAlgError, cho_solve
 
 from onnx_lowrank.chain import Chain
-from onnx_lowrank.contraction import contract, unused
+from onnx_lowrank.contraction import contract, second_moment, unused
 from onnx_lowrank.layer import Array
 from onnx_lowrank.linalg import NestedFit, placed_moments, scaled_root
 
@@ -277,12 +277,8 @@ class _Normal:
         for letter in self.letters:
             if letter in self.kept or letter == self.group.out or letter not in elsewhere:
                 continue
-            fresh = unused(self.sizes)
             tied = (set(self.letters) - {letter} - set(theirs)) | {self.group.out}
-            primed = {x: x if x in tied else next(fresh) for x in self.sizes}
-            again = [("".join(primed[x] for x in letters), array) for letters, array in self.others]
-            middle = (theirs + "".join(primed[x] for x in theirs), moment)
-            found.append((letter, contract([*self.others, middle, *again], letter + primed[letter], self.sizes)))
+            found.append((letter, second_moment(self.others, letter, tied, theirs, moment, self.sizes)))
         roots: list[_Root] = []
         for letters, matrix in found:
             lower, scale = scaled_root(matrix.astype(np.float64), _RIDGE)

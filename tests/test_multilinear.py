@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnx_lowrank.chain import Chain, Stage
+from onnx_lowrank.contraction import second_moment
 from onnx_lowrank.decomposition import Rank
 from onnx_lowrank.layer import Array, LayerShape
 from onnx_lowrank.multilinear import output_error, refine
@@ -200,6 +201,24 @@ def test_a_group_of_its_own_inside_a_layer_without_groups() -> None:
     start = tuple(factor + 0.1 * rng.standard_normal(factor.shape) for factor in planted)
     found = refine(chain, start, weight, gram, sweeps=100)
     assert output_error(weight, chain.dense(found), gram) < 1e-2
+
+
+@pytest.mark.parametrize("inputs", ["hw", "c", "chw"])
+@pytest.mark.parametrize("letter", ["q", "n", "p"])
+def test_second_moments_are_einsums(inputs: str, letter: str) -> None:
+    """Against one einsum of everything: a product over letters that are summed, tied, and those of G."""
+    sizes, rng = dict(zip("npcqhws", (2, 3, 4, 5, 2, 3, 7), strict=True)), np.random.default_rng(2)
+    terms = [(letters, rng.standard_normal([sizes[x] for x in letters])) for letters in ("npc", "nqphw", "snq")]
+    moment, tied = rng.standard_normal([sizes[x] for x in inputs] * 2), set("nps") - {letter}
+    there = {x: x if x in tied else x.upper() for x in sizes}
+    again = ["".join(there[x] for x in letters) for letters, _ in terms]
+    middle = inputs + inputs.upper()
+    equation = ",".join([*(letters for letters, _ in terms), middle, *again]) + "->" + letter + there[letter]
+    arrays = [array for _, array in terms]
+    expected = np.einsum(equation, *arrays, moment, *arrays)
+    np.testing.assert_allclose(
+        second_moment(terms, letter, tied, inputs, moment, sizes), expected, rtol=1e-9, atol=1e-9
+    )
 
 
 def test_output_error() -> None:
