@@ -38,12 +38,21 @@ class Option:
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of `onnx-lowrank passes`. `kind` is "graph pass" or "decomposition"."""
+    """A line of `onnx-lowrank passes`.
+
+    Args:
+        kind: "graph pass" or "decomposition".
+        name: What `--passes` calls it.
+        options: Its options.
+        description: One sentence.
+        on_request: Why a decomposition is tried only where it is named; empty: by default.
+    """
 
     kind: str
     name: str
     options: tuple[Option, ...]
     description: str
+    on_request: str = ""
 
 
 def catalogue() -> list[Entry]:
@@ -54,6 +63,7 @@ def catalogue() -> list[Entry]:
             name,
             tuple(Option(item.name, _words(_hint(found, item)), _text(_default(item))) for item in options_of(found)),
             (inspect.getdoc(found) or "").partition("\n")[0],
+            found.on_request if issubclass(found, Decomposition) else "",
         )
         for name, found in discover().items()
     ]
@@ -119,6 +129,11 @@ def all_decompositions() -> dict[str, Decomposition]:
     """Every decomposition there is, third-party ones included, with its default options, by name."""
     built = [build(PassSpec(name)) for name in sorted(discover())]
     return {method.name: method for method in built if isinstance(method, Decomposition)}
+
+
+def default_decompositions() -> dict[str, Decomposition]:
+    """Those that are tried where the user names none."""
+    return {name: method for name, method in all_decompositions().items() if not method.on_request}
 
 
 def _own() -> Iterator[Rewrite]:

@@ -3,17 +3,22 @@
 A chain of n stages replaces y = W x by y = W_n (... (W_1 x)). Every stage is a (grouped) convolution or matrix product
 with a weight of shape (groups, out, in, *kernel); the einsum equation contracts these weights, first stage first, to
 the canonical dense weight. Being linear in each factor, the equation is all that a least-squares refit needs.
+
+Letters in parentheses share an axis, the first one slowest (as in einops): "(gr)" are the r blocks in each of g groups.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
-import numpy as np
-
+from onnx_lowrank.contraction import contract
 from onnx_lowrank.layer import Array, Layer, LayerShape, Shape, Site
+
+_AXES = re.compile(r"\((\w+)\)|(\w)")
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,11 @@ class Stage:
         """Number of weights."""
         return math.prod(self.weight)
 
+    @property
+    def depthwise(self) -> bool:
+        """Whether each channel stays by itself."""
+        return self.out == self.in_ == 1
+
 
 @dataclass(frozen=True)
 class Chain:
@@ -72,15 +82,55 @@ class Chain:
         """Number of weights of all stages."""
         return sum(stage.params for stage in self.stages)
 
+    @property
+    def letters(self) -> tuple[tuple[str, ...], str]:
+        """Letters of every factor and of the dense weight, shared axes taken apart."""
+        left, result = self.equation.translate(str.maketrans("", "", "()")).split("->")
+        return tuple(left.split(",")), result
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Length of every letter's axis.
+
+        Raises:
+            ValueError: if the stages do not say it.
+        """
+        subscripts = self.equation.split("->")[0].split(",")
+        open_: list[tuple[str, int]] = []
+        for text, stage in zip(subscripts, self.stages, strict=True):
+            open_.extend(zip(_axes(text), stage.weight, strict=True))
+        found: dict[str, int] = {}
+        while open_:
+            solved = [pair for pair in open_ if sum(letter not in found for letter in pair[0]) <= 1]
+            if not solved:
+                raise ValueError(f"got the equation {self.equation}; expected one whose shared axes follow from others")
+            for axis, size in solved:
+                rest = [letter for letter in axis if letter not in found]
+                known = math.prod(found[letter] for letter in axis if letter in found)
+                found.update(dict.fromkeys(rest, size // known))
+            open_ = [pair for pair in open_ if pair not in solved]
+        return found
+
+    def apart(self, factors: Sequence[Array]) -> list[Array]:
+        """The factors with one axis per letter."""
+        return [
+            factor.reshape([self.sizes[letter] for letter in letters])
+            for factor, letters in zip(factors, self.letters[0], strict=True)
+        ]
+
     def dense(self, factors: Sequence[Array]) -> Array:
         """The dense weight that `factors` stand for, (groups, out, in, *kernel)."""
-        return np.einsum(self.equation, *factors, optimize=True)
+        subscripts, result = self.letters
+        found = contract(list(zip(subscripts, self.apart(factors), strict=True)), result, self.sizes)
+        axes = _axes(self.equation.split("->")[1])
+        return found.reshape([math.prod(self.sizes[letter] for letter in axis) for axis in axes])
 
     def site_macs(self, layer: Layer, site: Site, block: int = 1) -> float:
         """Multiply-accumulates of one execution at `site`.
 
         With `block` > 1 channel counts between stages are rounded up to a multiple of it, as kernels with blocked
-        layouts do: latency follows padded MACs much more closely than exact ones.
+        layouts do: latency follows padded MACs much more closely than exact ones. Of a depthwise stage it is the
+        number of blocks that is rounded.
         """
         geometry = layer.form.geometry
         spatial = site.input_shape[2:] if geometry else ()
@@ -91,9 +141,12 @@ class Chain:
         for i, stage in enumerate(self.stages):
             if geometry:
                 spatial = geometry.restricted(stage.carries).output_size(spatial, stage.kernel)
-            out = stage.out if i == last else _round_up(stage.out, block)
-            in_ = stage.in_ if i == 0 else _round_up(stage.in_, block)
-            total += batch * math.prod(spatial) * stage.groups * out * in_ * math.prod(stage.kernel)
+            if stage.depthwise:
+                channels = _round_up(stage.groups, block)
+            else:
+                out = stage.out if i == last else _round_up(stage.out, block)
+                channels = stage.groups * out * (stage.in_ if i == 0 else _round_up(stage.in_, block))
+            total += batch * math.prod(spatial) * channels * math.prod(stage.kernel)
         return total
 
     def macs(self, layer: Layer, block: int = 1) -> float:
@@ -112,6 +165,11 @@ class Fit:
 
     factors: tuple[Array, ...]
     bias: Array | None = None
+
+
+def _axes(subscript: str) -> list[str]:
+    """Letters of each axis of an array."""
+    return [shared or single for shared, single in _AXES.findall(subscript)]
 
 
 def _round_up(value: int, block: int) -> int:

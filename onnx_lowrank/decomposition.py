@@ -41,9 +41,17 @@ class Decomposition(ABC):
     """A low-rank format. Subclasses are frozen dataclasses; their fields are their only options.
 
     A new file in passes/decompose with such a subclass is found, listed, priced and tested without registration.
+
+    Attributes:
+        name: As in the literature.
+        on_request: Why the format is tried only where the user names it; empty: it is tried by default.
+        structure: How many leading entries of a rank say how the weight is arranged, not how much of it is kept. Errors
+            fall with the rank among ranks that agree in them.
     """
 
     name: ClassVar[str]
+    on_request: ClassVar[str] = ""
+    structure: ClassVar[int] = 0
 
     @abstractmethod
     def refusal(self, shape: LayerShape) -> str | None:
@@ -72,6 +80,22 @@ class Decomposition(ABC):
     @abstractmethod
     def exact_rank(self, shape: LayerShape) -> Rank | None:
         """The rank at which any weight of this shape is reproduced, or None if the format cannot."""
+
+    def misfit(self, shape: LayerShape, rank: Rank) -> str | None:
+        """Which ranks the layer can have, where `rank` is none of them, else None: here, up to the exact rank."""
+        limit = self.exact_rank(shape)
+        if limit is None or (len(rank) == len(limit) and all(1 <= r <= m for r, m in zip(rank, limit, strict=True))):
+            return None
+        return f"1 to {'x'.join(map(str, limit))}"
+
+
+def spaced(limit: int, block: int) -> list[int]:
+    """Few of the `aligned` ranks, each 1.3 times the one before or more: where every rank is fitted by itself."""
+    kept: list[int] = []
+    for rank in aligned(limit, block):
+        if not kept or rank >= 1.3 * kept[-1]:
+            kept.append(rank)
+    return kept
 
 
 def aligned(limit: int, block: int) -> list[int]:

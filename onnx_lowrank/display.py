@@ -44,7 +44,8 @@ def catalogue_table() -> Table:
         table.add_column(name)
     for entry in catalogue():
         options = ", ".join(f"{option.name}={option.default} ({option.kind})" for option in entry.options)
-        table.add_row(escape(entry.name), entry.kind, escape(options), escape(entry.description))
+        what = f"{entry.description} Only by name: {entry.on_request}." if entry.on_request else entry.description
+        table.add_row(escape(entry.name), entry.kind, escape(options), escape(what))
     return table
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from onnx import TensorProto
 
 from onnx_lowrank.candidates import Grid
-from onnx_lowrank.catalogue import all_decompositions, split
+from onnx_lowrank.catalogue import default_decompositions, split
 from onnx_lowrank.chain import Chain
 from onnx_lowrank.graph import io
 from onnx_lowrank.latency.blocks import BLOCKS, PROBED_RANKS
@@ -160,7 +160,7 @@ def _variants(
 ) -> Iterator[tuple[Source, Prepared]]:
     """The normalized model, and every one with a rewrite that pays on some machines only."""
     passes, methods = split(settings.passes)
-    allowed = {method.name: method for method in methods} or all_decompositions()
+    allowed = {method.name: method for method in methods} or default_decompositions()
     optional: list[tuple[Pass, ...]] = [(), *((step,) for step in (() if passes else MEASURED_NORMALIZE))]
     for number, extra in enumerate(optional):
         graph = io.load(source.path)

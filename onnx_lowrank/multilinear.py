@@ -21,7 +21,7 @@ import numpy as np
 from scipy.linalg import LinAlgError, cho_solve
 
 from onnx_lowrank.chain import Chain
-from onnx_lowrank.contraction import contract, unused
+from onnx_lowrank.contraction import contract, second_moment, unused
 from onnx_lowrank.layer import Array
 from onnx_lowrank.linalg import NestedFit, placed_moments, scaled_root
 
@@ -66,16 +66,17 @@ def refine(
         chains whose factors are shared between the groups of a layer.
     """
     dtype = np.float32 if gram.dtype == np.float32 else np.float64
-    left, result = chain.equation.split("->")
-    subscripts, group = left.split(","), result[0]
+    subscripts, result = chain.letters
+    group = result[0]
     shared = not all(group in letters for letters in subscripts)
     if (shared and len(weight) > 1) or not np.isfinite(gram).all() or not all(np.isfinite(f).all() for f in factors):
         return tuple(factors)
-    found = [np.array(factor, dtype=dtype) for factor in factors]
+    found = [np.array(factor, dtype=dtype) for factor in chain.apart(factors)]
+    target = weight.reshape([chain.sizes[letter] for letter in result])
     improved = False
     for index, moment in enumerate(gram):
         own = [_member(array, letters, group, index) for array, letters in zip(found, subscripts, strict=True)]
-        problem = _Group([s.replace(group, "") for s in subscripts], result[1:], own, weight[index], moment)
+        problem = _Group([s.replace(group, "") for s in subscripts], result[1:], own, target[index], moment)
         try:
             solved = problem.solved(sweeps, iterations)
         except LinAlgError:  # overflow on the way
@@ -85,7 +86,7 @@ def refine(
         improved = True
         for view, better in zip(own, solved, strict=True):
             view[...] = better.reshape(view.shape)
-    return tuple(found) if improved else tuple(factors)
+    return tuple(new.reshape(old.shape) if improved else old for new, old in zip(found, factors, strict=True))
 
 
 def _member(array: Array, letters: str, group: str, index: int) -> Array:
@@ -276,12 +277,8 @@ class _Normal:
         for letter in self.letters:
             if letter in self.kept or letter == self.group.out or letter not in elsewhere:
                 continue
-            fresh = unused(self.sizes)
             tied = (set(self.letters) - {letter} - set(theirs)) | {self.group.out}
-            primed = {x: x if x in tied else next(fresh) for x in self.sizes}
-            again = [("".join(primed[x] for x in letters), array) for letters, array in self.others]
-            middle = (theirs + "".join(primed[x] for x in theirs), moment)
-            found.append((letter, contract([*self.others, middle, *again], letter + primed[letter], self.sizes)))
+            found.append((letter, second_moment(self.others, letter, tied, theirs, moment, self.sizes)))
         roots: list[_Root] = []
         for letters, matrix in found:
             lower, scale = scaled_root(matrix.astype(np.float64), _RIDGE)

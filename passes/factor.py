@@ -83,10 +83,10 @@ class Factor(Pass):
         refusal = method.refusal(layer.shape)
         if refusal is not None:
             raise self._error(choice, f"{choice.method} where {refusal}", "another method", "edit the plan")
-        limit = method.exact_rank(layer.shape)
-        if limit is not None and not _within(choice.rank, limit):
+        expected = method.misfit(layer.shape, choice.rank)
+        if expected is not None:
             got = f"rank {_product(choice.rank)}" if choice.rank else "no rank"
-            raise self._error(choice, f"{got} of {choice.method}", f"1 to {_product(limit)}", "edit the plan")
+            raise self._error(choice, f"{got} of {choice.method}", expected, "edit the plan")
 
     def _replacement(self, layer: Layer, choice: Choice) -> Replacement:
         method, fit = self.methods[choice.method], self.fits.get(layer.key)
@@ -105,10 +105,6 @@ class Factor(Pass):
 
     def _error(self, choice: Choice, got: str, expected: str, do: str) -> InputError:
         return InputError(f"{got} for layer {choice.key!r} in the plan", expected, do)
-
-
-def _within(rank: Rank, limit: Rank) -> bool:
-    return len(rank) == len(limit) and all(1 <= r <= most for r, most in zip(rank, limit, strict=True))
 
 
 def _product(rank: Rank) -> str:

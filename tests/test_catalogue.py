@@ -122,6 +122,13 @@ def test_a_broken_plugin_is_named(plugin: Path) -> None:
         discover()
 
 
+def test_formats_that_take_long_are_tried_only_by_name() -> None:
+    tried = {"svd", "svd_input", "spatial_svd", "spatial_svd_reversed", "tucker2"}
+    assert set(catalogue.default_decompositions()) == tried
+    for entry in catalogue.catalogue():
+        assert bool(entry.on_request) == (entry.kind == "decomposition" and entry.name not in tried)
+
+
 def test_only_concrete_dataclasses_with_defaults_are_listed() -> None:
     assert all(issubclass(item, Pass | Decomposition) for item in discover().values())
     assert "factor" not in discover()

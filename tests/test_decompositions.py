@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from builders import conv_model, product_model
 from chains import outputs, relative_error
+from formats import METHODS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import ModelProto, numpy_helper
@@ -22,11 +23,9 @@ from onnx_lowrank.graph.layers import layers, shapes_as_trace
 from onnx_lowrank.graph.model import Graph
 from onnx_lowrank.layer import Array, Layer, LayerShape, Shape
 from onnx_lowrank.micro_model import chain_model
-from onnx_lowrank.passes.decompose import decompositions
 from onnx_lowrank.passes.decompose.two_stage import TwoStage
 from onnx_lowrank.rewrite import Replacement, splice
 
-METHODS = decompositions()
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
 RNG = np.random.default_rng(5)
 
@@ -85,10 +84,13 @@ CASES = st.one_of(convolutions(), products())
 
 
 def draw_rank(data: st.DataObject, method: Decomposition, shape: LayerShape) -> Rank:
-    """Any rank the layer can have."""
+    """Any rank the layer can have; where entries depend on each other, one that is priced."""
     limit = method.exact_rank(shape)
     assert limit is not None
-    return tuple(data.draw(st.integers(1, most)) for most in limit)
+    every = st.tuples(*(st.integers(1, most) for most in limit))
+    drawn = data.draw(st.one_of(st.sampled_from([*method.ranks(shape, 1), limit]), every))
+    assert method.misfit(shape, drawn) is None
+    return drawn
 
 
 def counted(proto: ModelProto, x: Shape) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnx_lowrank.chain import Chain, Stage
+from onnx_lowrank.contraction import second_moment
 from onnx_lowrank.decomposition import Rank
 from onnx_lowrank.layer import Array, LayerShape
 from onnx_lowrank.multilinear import output_error, refine
@@ -18,29 +19,6 @@ from onnx_lowrank.passes.decompose import decompositions
 
 METHODS = decompositions()
 RNG = np.random.default_rng(7)
-
-
-def cp(shape: LayerShape, rank: Rank) -> Chain:
-    """Canonical polyadic: no pass of ours, only an equation."""
-    (r,), (h, w) = rank, shape.kernel
-    stages = (
-        Stage(shape.groups, r, shape.in_, (1, 1)),
-        Stage(shape.groups, r, 1, (h, 1)),
-        Stage(shape.groups, r, 1, (1, w)),
-        Stage(shape.groups, shape.out, r, (1, 1)),
-    )
-    return Chain("cp", stages, "grcab,grdhe,grfiw,gsrjk->gschw")
-
-
-def tensor_train(shape: LayerShape, rank: Rank) -> Chain:
-    (r,), (h, w) = rank, shape.kernel
-    stages = (
-        Stage(shape.groups, r, shape.in_, (1, 1)),
-        Stage(shape.groups, r, r, (h, 1)),
-        Stage(shape.groups, r, r, (1, w)),
-        Stage(shape.groups, shape.out, r, (1, 1)),
-    )
-    return Chain("tensor_train", stages, "gpcab,gqphd,grqew,gsrij->gschw")
 
 
 def shared_tap(shape: LayerShape, rank: Rank) -> Chain:
@@ -57,13 +35,18 @@ CASES = {
     "spatial_svd": (CONV, METHODS["spatial_svd"].chain(CONV, (4,))),
     "spatial_svd_reversed": (CONV, METHODS["spatial_svd_reversed"].chain(CONV, (4,))),
     "tucker2": (CONV, METHODS["tucker2"].chain(CONV, (3, 4))),
-    "cp": (CONV, cp(CONV, (4,))),
-    "tensor_train": (CONV, tensor_train(CONV, (3,))),
+    "cp": (CONV, METHODS["cp"].chain(CONV, (4,))),
+    "cp_spatial": (CONV, METHODS["cp_spatial"].chain(CONV, (4,))),
+    "tensor_train": (CONV, METHODS["tensor_train"].chain(CONV, (3, 3, 3))),
+    "grouped_svd": (CONV, METHODS["grouped_svd"].chain(CONV, (2, 2))),
+    "block_term": (CONV, METHODS["block_term"].chain(CONV, (2, 2, 3))),
     "shared tap": (CONV, shared_tap(CONV, (3,))),
     "dense": (CONV, Chain.unfactored(CONV)),
     "grouped": (shape := LayerShape(3, 6, 4, (3, 2)), METHODS["spatial_svd"].chain(shape, (2,))),
     "grouped tucker2": (shape, METHODS["tucker2"].chain(shape, (2, 3))),
-    "grouped cp": (shape, cp(shape, (3,))),
+    "grouped cp_spatial": (shape, METHODS["cp_spatial"].chain(shape, (3,))),
+    "grouped grouped_svd": (shape, METHODS["grouped_svd"].chain(shape, (2, 2))),
+    "grouped block_term": (shape, METHODS["block_term"].chain(shape, (2, 2, 2))),
     "Conv1d": (shape := LayerShape(1, 7, 5, (4,)), METHODS["svd_input"].chain(shape, (2,))),
     "Conv3d": (shape := LayerShape(1, 5, 4, (2, 3, 2)), METHODS["spatial_svd_reversed"].chain(shape, (3,))),
     "Conv3d tucker2": (shape, METHODS["tucker2"].chain(shape, (2, 3))),
@@ -218,6 +201,24 @@ def test_a_group_of_its_own_inside_a_layer_without_groups() -> None:
     start = tuple(factor + 0.1 * rng.standard_normal(factor.shape) for factor in planted)
     found = refine(chain, start, weight, gram, sweeps=100)
     assert output_error(weight, chain.dense(found), gram) < 1e-2
+
+
+@pytest.mark.parametrize("inputs", ["hw", "c", "chw"])
+@pytest.mark.parametrize("letter", ["q", "n", "p"])
+def test_second_moments_are_einsums(inputs: str, letter: str) -> None:
+    """Against one einsum of everything: a product over letters that are summed, tied, and those of G."""
+    sizes, rng = dict(zip("npcqhws", (2, 3, 4, 5, 2, 3, 7), strict=True)), np.random.default_rng(2)
+    terms = [(letters, rng.standard_normal([sizes[x] for x in letters])) for letters in ("npc", "nqphw", "snq")]
+    moment, tied = rng.standard_normal([sizes[x] for x in inputs] * 2), set("nps") - {letter}
+    there = {x: x if x in tied else x.upper() for x in sizes}
+    again = ["".join(there[x] for x in letters) for letters, _ in terms]
+    middle = inputs + inputs.upper()
+    equation = ",".join([*(letters for letters, _ in terms), middle, *again]) + "->" + letter + there[letter]
+    arrays = [array for _, array in terms]
+    expected = np.einsum(equation, *arrays, moment, *arrays)
+    np.testing.assert_allclose(
+        second_moment(terms, letter, tied, inputs, moment, sizes), expected, rtol=1e-9, atol=1e-9
+    )
 
 
 def test_output_error() -> None:

@@ -232,7 +232,7 @@ def test_refit_repairs_what_was_lost_upstream(method: str, tmp_path: Path) -> No
     proto = residual()
     found_layers = layers(Graph(proto))[0]
     if method not in METHODS:
-        method = next(name for name in sorted(METHODS) if "spatial" in name or "two" in name)
+        method = next(name for name in sorted(METHODS) if name.startswith(method))
     chosen = [halved(layer, METHODS[method]) for layer in found_layers]
     given = samples(96, *INPUTS["residual"])
     with_it, found = refitted(proto, chosen, given, tmp_path)

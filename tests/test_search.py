@@ -17,13 +17,13 @@ from roads import bodies, low_rank, network, node, on_one_thread, perceptron, sa
 
 from onnx_lowrank.allocators import knapsack
 from onnx_lowrank.candidates import Grid
+from onnx_lowrank.catalogue import default_decompositions
 from onnx_lowrank.data import read_npz
 from onnx_lowrank.errors import InputError, LowRankError
 from onnx_lowrank.goals import Goal, KeepMacs, LatencyMs, Speedup
 from onnx_lowrank.graph import io
 from onnx_lowrank.graph.model import Graph
 from onnx_lowrank.layer import Layer
-from onnx_lowrank.passes.decompose import decompositions
 from onnx_lowrank.passes.normalize import DEFAULT_NORMALIZE, MEASURED_NORMALIZE
 from onnx_lowrank.plan import Choice, Plan
 from onnx_lowrank.progress import Phases
@@ -37,7 +37,7 @@ from onnx_lowrank.search.trail import CLOSE, SMALLEST, Trail
 from onnx_lowrank.target import InputShapes, Target
 
 pytestmark = pytest.mark.usefixtures("quick")
-METHODS = tuple(decompositions().values())
+METHODS = tuple(default_decompositions().values())
 ONE = Target(threads=1)
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from roads import network
 
 from onnx_lowrank.candidates import Candidate, Grid
+from onnx_lowrank.catalogue import default_decompositions
 from onnx_lowrank.chain import Chain
 from onnx_lowrank.goals import KeepParams
 from onnx_lowrank.graph.check import inferred_shapes
@@ -28,7 +29,7 @@ from onnx_lowrank.search.table import Row, price, tabulate
 from onnx_lowrank.target import Target
 
 pytestmark = pytest.mark.usefixtures("quick")
-METHODS = tuple(decompositions().values())
+METHODS = tuple(default_decompositions().values())
 ONE = Target(threads=1)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from onnx_lowrank.catalogue import all_decompositions, split
+from onnx_lowrank.catalogue import default_decompositions, split
 from onnx_lowrank.decomposition import Decomposition
 from onnx_lowrank.graph.keys import keyed_nodes
 from onnx_lowrank.layer import Kept, Layer
@@ -86,7 +86,7 @@ def prepare(source: Source, settings: Settings, folder: Path, phases: Phases, th
     if not native:
         notes = (*notes, f"{settings.target.provider_name} has no kernels for its element types: timed as float32")
     notes = (*notes, *remarks)
-    allowed = {method.name: method for method in methods} or all_decompositions()
+    allowed = {method.name: method for method in methods} or default_decompositions()
     return Prepared(found, records, allowed, racer, original, normalized, notes)
 
 

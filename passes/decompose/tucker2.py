@@ -39,9 +39,9 @@ class TuckerCore(Factorization):
     def __init__(self, weight: Array, kernel: tuple[int, ...], sweeps: int) -> None:
         self._weight, self._kernel, self._sweeps = weight, kernel, sweeps
         _, out, in_, _ = weight.shape
-        self._out, self._out_values = _bases([w.reshape(out, -1) for w in weight])
-        self._in, _ = _bases([w.transpose(1, 0, 2).reshape(in_, -1) for w in weight])
-        core = _core(weight, self._out, self._in)
+        self._out, self._out_values = subspaces([w.reshape(out, -1) for w in weight])
+        self._in, _ = subspaces([w.transpose(1, 0, 2).reshape(in_, -1) for w in weight])
+        core = core_of(weight, self._out, self._in)
         self._energy = np.square(core).sum(axis=(0, 3)).cumsum(axis=0).cumsum(axis=1)
 
     def error(self, rank: Rank) -> float:
@@ -68,7 +68,7 @@ class TuckerCore(Factorization):
         ones = (1,) * len(self._kernel)
         pairs = [self._hooi(g, r_in, r_out) for g in range(groups)]
         u_in, u_out = np.stack([p[0] for p in pairs]), np.stack([p[1] for p in pairs])
-        core = _core(self._weight, u_out, u_in)
+        core = core_of(self._weight, u_out, u_in)
         return (
             u_in.swapaxes(1, 2).reshape(groups, r_in, in_, *ones),
             core.reshape(groups, r_out, r_in, *self._kernel),
@@ -145,7 +145,7 @@ class CalibratedCore(Factorization):
         return rank[0] >= self._weight.shape[2] and rank[1] >= self._weight.shape[1]
 
 
-def _core(weight: Array, u_out: Array, u_in: Array) -> Array:
+def core_of(weight: Array, u_out: Array, u_in: Array) -> Array:
     """U_out^T W U_in, (g, q, p, K), as two matrix products per group."""
     groups, out, in_, taps = weight.shape
     half = u_out.swapaxes(1, 2) @ weight.reshape(groups, out, in_ * taps)
@@ -153,7 +153,8 @@ def _core(weight: Array, u_out: Array, u_in: Array) -> Array:
     return (u_in.swapaxes(1, 2) @ half).reshape(groups, u_in.shape[2], -1, taps).swapaxes(1, 2)
 
 
-def _bases(unfoldings: list[Array]) -> tuple[Array, Array]:
+def subspaces(unfoldings: list[Array]) -> tuple[Array, Array]:
+    """Left singular vectors and values of every matrix of a list, stacked."""
     pairs = [leading_subspace(matrix, len(matrix)) for matrix in unfoldings]
     return np.stack([basis for basis, _ in pairs]), np.stack([values for _, values in pairs])
 

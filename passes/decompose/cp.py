@@ -1,0 +1,180 @@
+"""CP: a 1x1 convolution C->R, depthwise convolutions that carry the kernel, a 1x1 convolution R->S.
+
+`cp` keeps the kernel whole (3-way tensor S x C x prod kernel): R (C + prod kernel + S) weights. `cp_spatial` has a
+depthwise convolution per spatial axis (4-way in two dimensions; Lebedev et al., ICLR 2015): R (C + kh + kw + S).
+
+Fitted by alternating least squares from several starts, the first one being the terms of the next lower rank so far.
+Where the terms have grown they are corrected at an error at most 1 % larger (Phan et al., ECCV 2020; see `cp_als`).
+What is still degenerate then is not used: its rank gets the terms of a lower one.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from onnx_lowrank.chain import Chain, Stage
+from onnx_lowrank.decomposition import Decomposition, Factorization, Rank, spaced
+from onnx_lowrank.layer import Array, LayerShape, Shape
+from onnx_lowrank.passes.decompose.cp_als import Problem, Terms, exact_terms
+from onnx_lowrank.passes.decompose.fitted import Fitted
+
+logger = logging.getLogger(__name__)
+CALM, LIMIT = 2.0, 10.0  # sum ||term||^2 / ||W||^2: corrected above the first, refused above the second
+SLACK = 0.01
+
+
+class CpFit(Fitted):
+    """CP terms of every group at the ranks asked for."""
+
+    def __init__(self, method: CpBase, weight: Array, gram: Array | None) -> None:
+        super().__init__(method, weight, gram)
+        self.cp = method
+        groups, out, in_ = weight.shape[:3]
+        sizes = [math.prod(self.shape.kernel[axis] for axis in axes) for axes in method.axes(self.shape)]
+        self._problems = [Problem(group) for group in self.weight.reshape(groups, out, in_, *sizes)]
+        self._terms: dict[int, list[Terms]] = {}
+
+    def fit(self, rank: Rank) -> tuple[Array, ...]:
+        """Terms from the next lower rank so far and from random starts, corrected where they have grown."""
+        below = max((r for r in self._terms if r < rank[0]), default=0)
+        self._terms[rank[0]] = [self._fitted(i, rank[0], below) for i in range(self.shape.groups)]
+        return self._stages(self._terms[rank[0]])
+
+    def exact(self) -> tuple[Array, ...]:
+        """One term per fibre along the longest axis."""
+        return self._stages([exact_terms(problem.tensor) for problem in self._problems])
+
+    def usable(self, rank: Rank, factors: Sequence[Array]) -> bool:
+        """Whether the terms do not cancel: sum ||term||^2 is at most 10 ||W||^2."""
+        squares = np.ones((self.shape.groups, rank[0]))
+        for i, factor in enumerate(factors):
+            last = i == len(factors) - 1
+            columns = factor.swapaxes(1, 2) if last else factor
+            squares *= np.square(columns).reshape(self.shape.groups, rank[0], -1).sum(axis=2)
+        found = float(squares.sum() / np.vdot(self.weight, self.weight))
+        if found > LIMIT:
+            logger.info("%s %s at rank %d is degenerate: terms of %.1f times the weight's energy",
+                        self.method.name, self.shape, rank[0], found)  # fmt: skip
+        return found <= LIMIT
+
+    def _fitted(self, group: int, rank: int, below: int) -> Terms:
+        problem, rng = self._problems[group], np.random.default_rng(rank)
+        if problem.norm == 0:
+            return problem.random(rank, rng)
+        first = self._terms[below][group].widened(rank, rng) if below else problem.spectral(rank, rng)
+        starts = [first, *(problem.random(rank, rng) for _ in range(self.cp.restarts))]
+        terms = problem.als(starts, self.cp.sweeps)
+        return problem.corrected(terms, SLACK, CALM) if problem.degeneracy(terms) > CALM else terms
+
+    def _stages(self, terms: Sequence[Terms]) -> tuple[Array, ...]:
+        """The terms as weights, the length of each shared by all stages."""
+        chain = self.method.chain(self.shape, (len(terms[0].weights),))
+        share = [np.power(np.abs(t.weights), 1 / len(chain.stages)) for t in terms]
+        axes = (1, *range(2, 2 + len(chain.stages) - 2), 0)  # the tensor's axis of each stage
+        stacked = [np.stack([t.factors[axis] * s for t, s in zip(terms, share, strict=True)]) for axis in axes]
+        turned = [array if i == len(stacked) - 1 else array.swapaxes(1, 2) for i, array in enumerate(stacked)]
+        return tuple(array.reshape(stage.weight) for array, stage in zip(turned, chain.stages, strict=True))
+
+
+class CpBase(Decomposition):
+    """What both forms share: subclasses say which spatial axes go together.
+
+    Options are `restarts`, random starts besides the terms of the next lower rank, and `sweeps`, at most.
+    """
+
+    on_request: ClassVar[str] = "every rank is fitted by iteration, minutes for wide layers"
+    restarts: int
+    sweeps: int
+
+    @abstractmethod
+    def axes(self, shape: LayerShape) -> Sequence[Shape]:
+        """Spatial axes of each depthwise stage."""
+
+    def refusal(self, shape: LayerShape) -> str | None:
+        """Refuse what has no kernel, or a side with one channel."""
+        if shape.is_matrix:
+            return f"{shape} has no kernel: svd reaches the same error with fewer stages"
+        if min(shape.out, shape.in_) < 2:
+            return f"{shape} has one channel on a side: svd reaches the same error with fewer stages"
+        return None
+
+    def ranks(self, shape: LayerShape, block: int) -> Sequence[Rank]:
+        """Few ranks, with fewer weights than the dense layer."""
+        taps = sum(math.prod(shape.kernel[axis] for axis in axes) for axes in self.axes(shape))
+        limit = (shape.out * shape.inputs - 1) // (shape.in_ + taps + shape.out)
+        return [(rank,) for rank in spaced(min(limit, *self.exact_rank(shape)), block)]
+
+    def chain(self, shape: LayerShape, rank: Rank) -> Chain:
+        """A 1x1 convolution, one depthwise stage per part of the kernel, a 1x1 convolution."""
+        (count,) = rank
+        n, ones = len(shape.kernel), (1,) * len(shape.kernel)
+        unit = iter("ABDEFGHIJKLMNOPQRSTUVWXYZ")  # axes of length one
+        middle: list[Stage] = []
+        letters: list[str] = []
+        for axes in self.axes(shape):
+            kernel = tuple(k if axis in axes else 1 for axis, k in enumerate(shape.kernel))
+            middle.append(Stage(shape.groups * count, 1, 1, kernel, axes))
+            taps = "".join("hwd"[axis] if axis in axes else next(unit) for axis in range(n))
+            letters.append(f"(gr){next(unit)}{next(unit)}{taps}")
+        first, last = ("".join(next(unit) for _ in range(n)) for _ in range(2))
+        return Chain(
+            method=self.name,
+            stages=(
+                Stage(shape.groups, count, shape.in_, ones),
+                *middle,
+                Stage(shape.groups, shape.out, count, ones),
+            ),
+            equation=f"grc{first},{','.join(letters)},gsr{last}->gsc{'hwd'[:n]}",
+        )
+
+    def factorize(self, weight: Array, gram: Array | None = None, *, most: Rank | None = None) -> Factorization:  # noqa: ARG002 - a rank is fitted when it is asked for
+        """Nothing yet: ranks are fitted when they are asked for."""
+        return CpFit(self, weight, gram)
+
+    def exact_rank(self, shape: LayerShape) -> Rank:
+        """The number of fibres along the longest axis."""
+        sizes = [math.prod(shape.kernel[axis] for axis in axes) for axes in self.axes(shape)]
+        return (shape.out * shape.inputs // max(shape.out, shape.in_, *sizes),)
+
+
+@dataclass(frozen=True)
+class Cp(CpBase):
+    """CP with the kernel in one depthwise stage: 1x1 C->R, depthwise kxk, 1x1 R->S."""
+
+    restarts: int = 1
+    sweeps: int = 60
+    name: ClassVar[str] = "cp"
+
+    def axes(self, shape: LayerShape) -> Sequence[Shape]:
+        """All of them together."""
+        return [tuple(range(len(shape.kernel)))]
+
+
+@dataclass(frozen=True)
+class CpSpatial(CpBase):
+    """CP with a depthwise stage per spatial axis: 1x1 C->R, depthwise kh x 1, depthwise 1 x kw, 1x1 R->S."""
+
+    restarts: int = 1
+    sweeps: int = 60
+    name: ClassVar[str] = "cp_spatial"
+
+    def axes(self, shape: LayerShape) -> Sequence[Shape]:
+        """One by one, those of length one with the first."""
+        wide = [axis for axis, k in enumerate(shape.kernel) if k > 1] or [0]
+        narrow = [axis for axis, k in enumerate(shape.kernel) if k == 1 and axis not in wide]
+        return [tuple(sorted((wide[0], *narrow))), *((axis,) for axis in wide[1:])]
+
+    def refusal(self, shape: LayerShape) -> str | None:
+        """Refuse in addition what has one spatial axis."""
+        if (sentence := super().refusal(shape)) is not None:
+            return sentence
+        if len(self.axes(shape)) < 2:
+            return f"{shape} has one spatial axis: cp gives the same chain"
+        return None

@@ -1,0 +1,157 @@
+"""What formats without a closed form share: a fit of its own for every rank asked for, remembered, and the best so far.
+
+They all end in a 1x1 convolution that alone holds the outputs: W = A T, with the features T that the stages before it
+compute. Calibrated, the data-free fit gives T, A is the least-squares solution on the second moment G,
+
+    A (T G T^T) = M G T^T,
+
+and one sweep over all stages follows (`multilinear.refine`), which only lowers the error.
+
+Errors never rise with the rank: a rank gets the best fit of those asked for so far at or below it, padded with zeros.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from onnx_lowrank.chain import Chain
+from onnx_lowrank.contraction import contract
+from onnx_lowrank.decomposition import Decomposition, Factorization, Rank
+from onnx_lowrank.layer import Array, LayerShape
+from onnx_lowrank.linalg import NestedFit
+from onnx_lowrank.multilinear import output_error, refine
+from onnx_lowrank.passes.decompose.whitened import usable
+
+_LARGE = 2048  # second moments from here on are refined in float32
+
+
+@dataclass(frozen=True, eq=False)
+class _Fit:
+    """Factors of one rank and their exact error; infinite for factors that must not be used."""
+
+    factors: tuple[Array, ...]
+    error: float
+
+
+class Fitted(Factorization):
+    """Fits of one weight, made when their rank is first asked for.
+
+    Args:
+        method: The format.
+        weight: (g, S, C, *kernel).
+        gram: Second moments (g, n, n) or None, see `Decomposition.factorize`.
+    """
+
+    def __init__(self, method: Decomposition, weight: Array, gram: Array | None) -> None:
+        groups, out, in_, *kernel = weight.shape
+        self.method, self.shape = method, LayerShape(groups, out, in_, tuple(kernel))
+        self.weight = weight.astype(np.float64, copy=False)
+        self._matrix = self.weight.reshape(groups, out, -1)
+        self._gram = usable(gram)
+        self._product = self._matrix if self._gram is None else self._matrix @ self._gram
+        energy = self._product @ self._matrix.swapaxes(1, 2)
+        self._total = float(np.trace(energy, axis1=1, axis2=2).sum())
+        self._largest = float(np.linalg.eigvalsh(energy).max(initial=0.0))
+        self._fits: dict[Rank, _Fit] = {}
+        self._told: dict[Rank, tuple[float, Rank]] = {}
+
+    @abstractmethod
+    def fit(self, rank: Rank) -> tuple[Array, ...]:
+        """Data-free factors at one rank, asked for once."""
+
+    @abstractmethod
+    def exact(self) -> tuple[Array, ...]:
+        """Factors at the exact rank that give the weight back."""
+
+    def usable(self, rank: Rank, factors: Sequence[Array]) -> bool:  # noqa: ARG002 - for formats that can degenerate
+        """Whether factors may be handed out."""
+        return True
+
+    def error(self, rank: Rank) -> float:
+        """Relative error in the metric of the fit: of the fit itself, or what a higher rank was told to have."""
+        return self._answer(rank)[0]
+
+    def spectral_error(self, rank: Rank) -> float:
+        """Frobenius norm of what is cut, relative to the output unfolding's largest singular value: an upper bound."""
+        return self.error(rank) * math.sqrt(self._total / self._largest) if self._largest > 0 else 0.0
+
+    def factors(self, rank: Rank) -> tuple[Array, ...]:
+        """Weights of the stages: the best fit so far at or below `rank`."""
+        at = self._answer(rank)[1]
+        return _padded(self.method.chain(self.shape, at), self._fits[at].factors, self.method.chain(self.shape, rank))
+
+    def _fits_below(self, rank: Rank) -> list[tuple[Rank, _Fit]]:
+        """What was fitted so far at ranks of the same structure that do not exceed `rank`, best first."""
+        found = [(other, fit) for other, fit in self._fits.items() if self._below(other, rank)]
+        return sorted(found, key=lambda entry: entry[1].error)
+
+    def _below(self, rank: Rank, other: Rank) -> bool:
+        cut = self.method.structure
+        return rank[:cut] == other[:cut] and all(a <= b for a, b in zip(rank, other, strict=True))
+
+    def _answer(self, rank: Rank) -> tuple[float, Rank]:
+        if rank not in self._told:
+            self._fits[rank] = self._made(rank)
+            at, best = self._fits_below(rank)[0]
+            above = [error for other, (error, _) in self._told.items() if self._below(rank, other)]
+            self._told[rank] = max(best.error, *above, 0.0), at
+        return self._told[rank]
+
+    def _made(self, rank: Rank) -> _Fit:
+        chain = self.method.chain(self.shape, rank)
+        if rank == self.method.exact_rank(self.shape):
+            return _Fit(self.exact(), 0.0)
+        if self._total <= 0:
+            return _Fit(tuple(np.zeros(stage.weight) for stage in chain.stages), 0.0)
+        factors = self.fit(rank)
+        if self._gram is None:
+            error = float(np.linalg.norm(self.weight - chain.dense(factors))) / math.sqrt(self._total)
+        else:
+            factors, error = self._refined(rank, chain, self._solved(chain, factors, self._gram), self._gram)
+        lowest = not self._fits_below(rank)  # something must be handed out
+        return _Fit(factors, error if lowest or self.usable(rank, factors) else math.inf)
+
+    def _solved(self, chain: Chain, factors: Sequence[Array], gram: Array) -> tuple[Array, ...]:
+        """The factors with the last one solved for."""
+        subscripts, result = chain.letters
+        group, out = result[:2]
+        features = subscripts[-1].replace(group, "").replace(out, "")
+        terms = list(zip(subscripts[:-1], chain.apart(factors)[:-1], strict=True))
+        rows = contract(terms, group + features + result[2:], chain.sizes).reshape(len(gram), -1, gram.shape[1])
+        triples = zip(rows @ gram, rows, self._product, strict=True)
+        last = [NestedFit(half @ row.T, row @ product.T).solve(len(row)).T for half, row, product in triples]
+        return _balanced((*factors[:-1], np.stack(last).reshape(chain.stages[-1].weight)))
+
+    def _refined(
+        self, rank: Rank, chain: Chain, factors: tuple[Array, ...], gram: Array
+    ) -> tuple[tuple[Array, ...], float]:
+        """The factors after one sweep, or as they were where that did not help, and their output error."""
+        metric = gram.astype(np.float32) if gram.shape[1] >= _LARGE else gram
+        tried = (factors, refine(chain, factors, self.weight, metric, sweeps=1))
+        judged = [(output_error(self.weight, chain.dense(found), gram), found) for found in tried]
+        error, best = min(judged, key=lambda entry: entry[0])
+        return (best, error) if self.usable(rank, best) else (factors, judged[0][0])
+
+
+def _balanced(factors: Sequence[Array]) -> tuple[Array, ...]:
+    """The same product from factors of one norm, which stay in range in half precision."""
+    norms = [float(np.linalg.norm(factor)) for factor in factors]
+    if min(norms) <= 0:
+        return tuple(factors)
+    common = math.exp(sum(map(math.log, norms)) / len(norms))
+    return tuple(factor * (common / norm) for factor, norm in zip(factors, norms, strict=True))
+
+
+def _padded(chain: Chain, factors: Sequence[Array], wider: Chain) -> tuple[Array, ...]:
+    """Factors of a chain as those of a wider chain of the same format; what is new is zero."""
+    if chain == wider:
+        return tuple(factors)
+    return tuple(
+        np.pad(array, [(0, wider.sizes[x] - chain.sizes[x]) for x in letters]).reshape(stage.weight)
+        for array, letters, stage in zip(chain.apart(factors), chain.letters[0], wider.stages, strict=True)
+    )

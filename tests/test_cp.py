@@ -1,0 +1,81 @@
+"""CP: least squares against TensorLy, and the correction on tensors that have no best approximation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tensorly.cp_tensor import cp_to_tensor
+from tensorly.decomposition import parafac
+
+from onnx_lowrank.layer import Array, Shape
+from onnx_lowrank.passes.decompose.cp import Cp, CpFit
+from onnx_lowrank.passes.decompose.cp_als import Problem, Terms, exact_terms
+
+
+def degenerate(size: int, seed: int) -> Array:
+    """a a b + a b a + b a a: rank 3, but a limit of rank-2 tensors whose two terms cancel."""
+    basis = np.linalg.qr(np.random.default_rng(seed).standard_normal((3, size, 2)))[0]
+    (a, x), (b, y), (c, z) = (pair.T for pair in basis)
+    return np.sum([np.einsum("i,j,k->ijk", *terms) for terms in ((a, b, z), (a, y, c), (x, b, c))], axis=0)
+
+
+@settings(deadline=None, max_examples=6)
+@given(st.sampled_from([(8, 6, 5), (7, 6, 3, 3)]), st.integers(1, 3), st.integers(0, 99))
+def test_planted_terms_are_found(shape: Shape, rank: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    planted = Terms(rng.uniform(0.5, 2, rank), tuple(np.linalg.qr(rng.standard_normal((n, rank)))[0] for n in shape))
+    problem = Problem(planted.dense())
+    found = problem.als([problem.spectral(rank, rng), *(problem.random(rank, rng) for _ in range(3))], 100, 1e-6)
+    assert problem.error(found) < 1e-3
+    np.testing.assert_allclose(np.sort(found.weights), np.sort(planted.weights), rtol=1e-2)
+
+
+@pytest.mark.parametrize("shape", [(12, 10, 9), (8, 6, 3, 3)])
+@pytest.mark.parametrize("rank", [2, 8, 14])
+def test_as_good_as_tensorly(shape: Shape, rank: int) -> None:
+    tensor, rng = np.random.default_rng(1).standard_normal(shape), np.random.default_rng(2)
+    problem = Problem(tensor)
+    ours = problem.als([problem.spectral(rank, rng), *(problem.random(rank, rng) for _ in range(3))], 300, 1e-7)
+    theirs = cp_to_tensor(parafac(tensor, rank, n_iter_max=300, init="random", random_state=0, tol=1e-8))
+    assert problem.error(ours) <= 1.03 * np.linalg.norm(tensor - theirs) / np.linalg.norm(tensor)
+
+
+@pytest.mark.parametrize("seed", [0, 2, 3])
+def test_the_correction_undoes_what_cancels(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    problem = Problem(degenerate(6, seed) + 0.05 * rng.standard_normal((6, 6, 6)))
+    plain = problem.als([problem.random(2, rng) for _ in range(3)], 600, 1e-10)
+    assert problem.degeneracy(plain) > 5
+    better = problem.corrected(plain, 0.01, 0.0)
+    assert problem.error(better) <= 1.01 * problem.error(plain) * (1 + 1e-6)
+    assert problem.degeneracy(better) < problem.degeneracy(plain) / 3
+
+
+@settings(deadline=None, max_examples=5)
+@given(st.integers(1, 12), st.integers(0, 99), st.floats(0, 0.3))
+def test_the_correction_keeps_to_its_bound(rank: int, seed: int, slack: float) -> None:
+    rng = np.random.default_rng(seed)
+    problem = Problem(rng.standard_normal((7, 6, 5)))
+    plain = problem.als([problem.random(rank, rng)], 20)
+    better = problem.corrected(plain, slack, 0.0)
+    assert problem.error(better) <= (1 + slack) * problem.error(plain) * (1 + 1e-6) + 1e-6
+    assert better.energy <= plain.energy * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 9), (2, 5, 3), (3, 4, 2, 3)])
+def test_one_term_per_fibre_is_exact(shape: Shape) -> None:
+    tensor = np.random.default_rng(0).standard_normal(shape)
+    terms = exact_terms(tensor)
+    assert len(terms.weights) == tensor.size // max(shape)
+    np.testing.assert_allclose(terms.dense(), tensor, atol=1e-12)
+    assert terms.energy == pytest.approx(np.vdot(tensor, tensor))
+
+
+def test_terms_that_cancel_are_not_usable() -> None:
+    weight = np.random.default_rng(0).standard_normal((1, 6, 5, 3, 3))
+    made = CpFit(Cp(), weight, None)
+    first, middle, last = made.factors((4,))
+    assert made.usable((4,), (first, middle, last))
+    assert not made.usable((4,), (first, middle * 100, last))

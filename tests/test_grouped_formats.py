@@ -1,0 +1,68 @@
+"""grouped_svd, tensor_train and block_term against numpy, TensorLy and planted weights; shared axes in equations."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tensorly as tl
+from tensorly.decomposition import tensor_train
+
+from onnx_lowrank.chain import Chain, Stage
+from onnx_lowrank.decomposition import Rank, spaced
+from onnx_lowrank.layer import LayerShape
+from onnx_lowrank.passes.decompose import decompositions
+from onnx_lowrank.passes.decompose.block_term import BlockTerm
+
+METHODS = decompositions()
+SHAPE = LayerShape(1, 12, 8, (3, 3))
+WEIGHT = np.random.default_rng(3).standard_normal(SHAPE.weight)
+
+
+@pytest.mark.parametrize("slices", [1, 2, 4, 8])
+def test_slices_have_numpys_singular_values(slices: int) -> None:
+    """ALDS compares max_i sigma_{i,j+1} / ||W||_2."""
+    matrix = WEIGHT[0].reshape(12, -1)
+    sigma = [np.linalg.svd(part, compute_uv=False) for part in np.split(matrix, slices, axis=1)]
+    made = METHODS["grouped_svd"].factorize(WEIGHT)
+    for j in range(1, min(12, 72 // slices)):
+        tail = np.sqrt(sum(np.square(values[j:]).sum() for values in sigma)) / np.linalg.norm(matrix)
+        assert made.error((slices, j)) == pytest.approx(tail, abs=1e-7)
+        largest = max(values[j] for values in sigma) / np.linalg.norm(matrix, 2)
+        assert made.spectral_error((slices, j)) == pytest.approx(largest, abs=1e-7)
+
+
+def test_one_slice_is_svd() -> None:
+    grouped, svd = METHODS["grouped_svd"], METHODS["svd"]
+    assert grouped.chain(SHAPE, (1, 5)).stages == svd.chain(SHAPE, (5,)).stages
+    assert grouped.factorize(WEIGHT).error((1, 5)) == pytest.approx(svd.factorize(WEIGHT).error((5,)))
+
+
+@pytest.mark.parametrize("ranks", [(3, 4, 5), (6, 9, 8), (8, 20, 11)])
+def test_trains_are_as_good_as_tensorlys(ranks: Rank) -> None:
+    tensor = WEIGHT[0].transpose(1, 2, 3, 0)
+    theirs = tl.tt_to_tensor(tensor_train(tensor, rank=[1, *ranks, 1]))
+    reference = np.linalg.norm(tensor - theirs) / np.linalg.norm(tensor)
+    assert METHODS["tensor_train"].factorize(WEIGHT).error(ranks) <= 1.03 * reference
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("seed", range(3))
+def test_planted_blocks_are_found(groups: int, seed: int) -> None:
+    shape, method = LayerShape(groups, 12, 10, (3, 3)), BlockTerm(restarts=6, sweeps=200)
+    chain, rng = method.chain(shape, (2, 2, 3)), np.random.default_rng(seed)
+    weight = chain.dense([rng.standard_normal(stage.weight) for stage in chain.stages])
+    assert method.factorize(weight).error((2, 2, 3)) < 1e-3
+
+
+def test_shared_axes_need_another_stage_that_says_their_lengths() -> None:
+    chain = Chain("unknown", (Stage(6, 2, 3), Stage(1, 4, 12)), "(ab)rc,gs(abr)->gs(abc)")
+    with pytest.raises(ValueError, match="expected one whose shared axes follow from others"):
+        _ = chain.sizes
+
+
+@pytest.mark.parametrize(
+    ("limit", "block", "ranks"),
+    [(50, 1, [1, 2, 3, 4, 6, 8, 11, 15, 20, 26, 34, 45]), (100, 16, [1, 2, 4, 8, 16, 32, 48, 64, 96])],
+)
+def test_spaced(limit: int, block: int, ranks: list[int]) -> None:
+    assert spaced(limit, block) == ranks
