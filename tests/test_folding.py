@@ -247,8 +247,8 @@ def test_keys_of_latencies() -> None:
 def test_the_equation_says_how_channels_are_cut() -> None:
     chain = kronecker(LayerShape(1, 12, 10, (3, 1)))
     b, a = random_factors(chain)
-    assert chain.result[:3] == ("g", "st", "cd")
-    assert [len(letters) for letters in chain.result] == [1, 2, 2, 1, 1]
+    assert chain.axes[:3] == ["g", "st", "cd"]
+    assert [len(letters) for letters in chain.axes] == [1, 2, 2, 1, 1]
     expected = sum(np.kron(a[0, :, :, q, 0, 0], b[0, :, q, :, 1, 0]) for q in range(2))
     np.testing.assert_allclose(chain.dense((b, a))[0, :, :, 1, 0], expected)
     assert chain.stages[0].copies == 2
