@@ -30,6 +30,7 @@ from onnx_lowrank.passes.decompose.network import ON_REQUEST, Link, NetworkForma
 
 _SHAPES = 3  # of each kind: shapes of A with few multiply-accumulates per term, and with few weights
 _TERMS = 6
+_FINE = 32  # exact terms: of less than that, one term more or less is a large step
 
 
 class VanLoan:
@@ -113,7 +114,8 @@ class Kronecker(NetworkFormat):
         """
         splits = _splits(shape)
         dense = shape.params
-        by_macs = sorted(splits, key=lambda split: split.macs * split.exact)[:_SHAPES]
+        fine = [split for split in splits if split.exact >= _FINE] or splits
+        by_macs = sorted(fine, key=lambda split: split.macs * split.exact)[:_SHAPES]
         by_weights = sorted(splits, key=lambda split: (split.weights, split.macs * split.exact))[:_SHAPES]
         return [
             (*split.mine, terms)

@@ -27,7 +27,7 @@ from onnx_lowrank.decomposition import Rank
 from onnx_lowrank.layer import Array, LayerShape
 from onnx_lowrank.linalg import spectrum
 from onnx_lowrank.passes.decompose.network import ON_REQUEST, Link, NetworkFormat, network
-from onnx_lowrank.passes.decompose.tensor_ring import COPIES, octaves, ring
+from onnx_lowrank.passes.decompose.tensor_ring import COPIES, Rings, octaves
 from onnx_lowrank.passes.decompose.tucker2 import TuckerCore
 
 RATIOS = (2, 4)
@@ -235,7 +235,7 @@ class Train(Tucker):
 
 
 class SlicedRing:
-    """The ring of W[s, c, (m, n, kernel)].
+    """Rings of W[s, c, (m, n, kernel)]; the bases of the last ratio are kept.
 
     Args:
         weight: (1, S, C, *kernel).
@@ -243,12 +243,15 @@ class SlicedRing:
 
     def __init__(self, weight: Array) -> None:
         self._weight, self._kernel = weight, weight.shape[3:]
+        self._made: dict[int, Rings] = {}
 
     def __call__(self, rank: Rank) -> tuple[Array, ...]:
         """V (1, b, e, c, 1..), Q (1, m, a, n, e, *k), U (1, s, b, a, 1..)."""
         ratio, a, b, e = rank
         a, e, ones = a // ratio, e // ratio, (1,) * len(self._kernel)
-        u, v, q = ring(sliced(self._weight, ratio), (a, b, e))
+        if ratio not in self._made:
+            self._made = {ratio: Rings(sliced(self._weight, ratio))}
+        u, v, q = self._made[ratio]((a, b, e))
         middle = q.reshape(e, ratio, ratio, -1, a).transpose(1, 4, 2, 0, 3)
         return (
             v.transpose(0, 2, 1).reshape(1, b, e, -1, *ones),

@@ -4,17 +4,20 @@ Zhao et al. (2016); of layers: Wang et al. (CVPR 2018). The chain: 1x1 C -> (b e
 (b a) -> S. As b stands in front, a Reshape alone folds it into the batch. The rank is (r1, r2, r3), the sizes of a, b
 and e: r1 r2 S + r2 r3 C + r3 r1 prod k weights.
 
-TensorLy's TR-SVD starts, alternating least squares improve. Rings are unstable like CP: factors grow and cancel. So the
-sensitivity, the energy that noise of unit variance on all weights would add to K,
+HOSVD bases of as many channels as the ring has inside compress both sides, TensorLy's TR-SVD starts, and alternating
+least squares improve. Rings can degenerate like CP: factors grow and cancel. So the sensitivity is looked at, the
+energy that noise adds, as a share of K's, where every weight gets its core's mean square as variance:
 
-    E = S |V Q|^2 + C |Q U|^2 + prod k |U V|^2    (|V Q|: Frobenius norm of the two contracted over what they share),
+    E = sum over the cores X of |X|^2 / size(X) n(X) |the other two, contracted|^2 / |K|^2,    n: S, C or prod k.
 
-is brought down afterwards, while the error stays within 1 % (Phan et al., ECCV 2020, for CP): E is quadratic in each
-factor, so a share of it, grown step by step, joins the least squares as a ridge.
+It is about 3 for orthogonal cores. Bonds are balanced, which changes nothing but it. Above 10 it is brought down while
+the error stays within 1 % (Phan et al., ECCV 2020, do so for CP): it is quadratic in each core, so a share of it, grown
+step by step, joins the least squares as a ridge.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -26,9 +29,13 @@ from tensorly.decomposition import tensor_ring
 from onnx_lowrank.chain import Chain
 from onnx_lowrank.decomposition import Rank
 from onnx_lowrank.layer import Array, LayerShape, Shape
+from onnx_lowrank.linalg import leading_subspace
 from onnx_lowrank.passes.decompose.network import ON_REQUEST, Link, NetworkFormat, network
 
-_SWEEPS, _CORRECTIONS, _STEPS = 4, 8, 3
+_SWEEPS, _STEPS = 3, 3
+_CORRECTIONS, _CORRECTION_STEPS = 60, 20
+_SHARE, _GROWTH = 1e-3, 1.15
+_UNSTABLE = 10.0
 _GAIN = 1e-2
 _TOLERANCE = 1.01
 _EXACT = 1e-10
@@ -88,12 +95,12 @@ class RingAlgorithm:
     """
 
     def __init__(self, weight: Array) -> None:
-        self._tensor = weight[0].reshape(*weight.shape[1:3], -1)
+        self._rings = Rings(weight[0].reshape(*weight.shape[1:3], -1))
         self._kernel = weight.shape[3:]
 
     def __call__(self, rank: Rank) -> tuple[Array, ...]:
         """V (1, b, e, C, 1..), Q (1, a, e, *k), U (1, S, b, a, 1..)."""
-        u, v, q = ring(self._tensor, rank)
+        u, v, q = self._rings(rank)
         ones = (1,) * len(self._kernel)
         return (
             v.transpose(0, 2, 1).reshape(1, rank[1], rank[2], -1, *ones),
@@ -102,8 +109,24 @@ class RingAlgorithm:
         )
 
 
+class Rings:
+    """Stable rings of a tensor (S, C, K), their sides compressed by bases made once."""
+
+    def __init__(self, tensor: Array) -> None:
+        self._tensor = tensor
+        unfolded = tensor.reshape(len(tensor), -1), tensor.swapaxes(0, 1).reshape(tensor.shape[1], -1)
+        self._bases = [leading_subspace(matrix, len(matrix))[0] for matrix in unfolded]
+
+    def __call__(self, rank: Rank) -> Ring:
+        """U (a, S, b), V (b, C, e), Q (e, K, a); a b at most S and C K, b e at most C."""
+        a, b, e = rank
+        left, right = self._bases[0][:, : a * b], self._bases[1][:, : b * e]
+        u, v, q = ring(_contract("sck,sx,cy->xyk", self._tensor, left, right), rank)
+        return [np.einsum("sx,axb->asb", left, u), np.einsum("cy,bye->bce", right, v), q]
+
+
 def ring(tensor: Array, rank: Rank) -> Ring:
-    """A stable ring U (a, S, b), V (b, C, e), Q (e, K, a) of a tensor (S, C, K); a b is at most S and C K."""
+    """A stable ring of a tensor, as in `Rings`."""
     a, b, e = rank
     found = [np.asarray(core) for core in tensor_ring(tensor, rank=[a, b, e, a]).factors]
     wanted = [(a, tensor.shape[0], b), (b, tensor.shape[1], e), (e, tensor.shape[2], a)]
@@ -115,66 +138,112 @@ def ring(tensor: Array, rank: Rank) -> Ring:
     if before <= _EXACT:
         return cores
     for _ in range(_SWEEPS):
-        after = _error(tensor, better := _sweep(tensor, cores, 0.0))
-        if not after < before * (1 - _GAIN):
+        after = _error(tensor, better := _sweep(tensor, cores, 0.0, _STEPS))
+        if not after < before:
             break
-        cores, before = better, after
-    return _corrected(tensor, cores, before)
+        cores, before, gained = better, after, before - after
+        if gained < _GAIN * after:
+            break
+    return stabilised(tensor, cores)
 
 
 def sensitivity(cores: Sequence[Array]) -> float:
-    """E of a ring (see above), relative to the energy of what it stands for."""
-    energy = sum(
-        core.shape[1] * float(np.square(np.einsum("ijk,klm->ijlm", cores[i - 2], cores[i - 1], optimize=True)).sum())
-        for i, core in enumerate(cores)
-    )
+    """E of a ring (see above); infinite where its cores cancel to nothing."""
+    energy = 0.0
+    for i, core in enumerate(cores):
+        after, before = cores[i - 2], cores[i - 1]  # contracted over the bond between the two, by their Gram matrices
+        ahead = np.einsum("ijk,ijl->kl", after, after, optimize=True)
+        others = float(np.vdot(ahead, np.einsum("kij,lij->kl", before, before, optimize=True)))
+        energy += core.shape[1] * _variance(core) * others
     whole = float(np.square(_product(cores)).sum())
-    return energy / whole if whole > 0 else 0.0
+    return energy / whole if whole > 0 else math.inf
 
 
-def _corrected(tensor: Array, cores: Ring, error: float) -> Ring:
-    """The ring of least sensitivity on the way of a growing ridge that errs at most 1 % more."""
-    best, lowest = cores, sensitivity(cores)
-    share = 1e-6 * error * error
+def balanced(cores: Sequence[Array]) -> Ring:
+    """The same tensor from cores that share each bond evenly: both sides have the same, diagonal Gram matrix there.
+
+    What stands between the two cores of a bond, R_x R_y^T of their QR factors, is written as U s V^T, and each gets the
+    root of s. Any basis of a bond gives the same tensor: this takes away the growth that is nothing but a bad basis.
+    """
+    found = list(cores)
+    for i in (0, 1, 2, 0, 1, 2):
+        x, y = found[i], found[(i + 1) % 3]
+        left, r_x = np.linalg.qr(x.reshape(-1, x.shape[2]))
+        right, r_y = np.linalg.qr(y.reshape(len(y), -1).T)
+        u, s, v = np.linalg.svd(r_x @ r_y.T)
+        root, bond = np.sqrt(s), x.shape[2]
+        new_x, new_y = np.zeros((left.shape[0], bond)), np.zeros((bond, right.shape[0]))
+        new_x[:, : len(s)] = (left @ u[:, : len(s)]) * root
+        new_y[: len(s)] = root[:, None] * (v[: len(s)] @ right.T)
+        found[i], found[(i + 1) % 3] = new_x.reshape(x.shape), new_y.reshape(y.shape)
+    return found
+
+
+def stabilised(tensor: Array, cores: Sequence[Array]) -> Ring:
+    """A balanced ring whose sensitivity is not above 10, or the lowest that is found at 1 % more error."""
+    best = balanced(cores)
+    lowest, error = sensitivity(best), _error(tensor, best)
+    share = _SHARE * error * error  # of the tensor's energy, spent on the penalty
     for _ in range(_CORRECTIONS):
-        cores = _sweep(tensor, cores, share / max(sensitivity(cores), 1e-300))
-        if _error(tensor, cores) > _TOLERANCE * error:
+        if lowest <= _UNSTABLE:
             break
-        if (now := sensitivity(cores)) < lowest:
+        cores = _sweep(tensor, best, share / lowest, _CORRECTION_STEPS)
+        now = sensitivity(cores)
+        if now < lowest and _error(tensor, cores) <= _TOLERANCE * error:
             best, lowest = cores, now
-        share *= 4
+        share *= _GROWTH
     return best
 
 
-def _sweep(tensor: Array, cores: Ring, ridge: float) -> Ring:
-    """A few steps of conjugate gradients on each factor in turn, with `ridge` times the sensitivity as a penalty."""
+def _sweep(tensor: Array, cores: Sequence[Array], ridge: float, steps: int) -> Ring:
+    """Steps of conjugate gradients on each core in turn, with `ridge` times the energy of noise as a penalty."""
     cores = list(cores)
     for i in range(3):
         core, after, before = cores[i], cores[(i + 1) % 3], cores[(i + 2) % 3]  # in the order of the ring
-        turned = tensor.transpose(i, (i + 1) % 3, (i + 2) % 3)
-        behind = ridge * before.shape[1] * np.einsum("jcm,kcm->jk", after, after, optimize=True)
-        ahead = ridge * after.shape[1] * np.einsum("mdi,mdk->ik", before, before, optimize=True)
-
-        def seen(dense: Array, after: Array = after, before: Array = before) -> Array:
-            return np.einsum("ncd,jcm,mdi->inj", dense, after, before, optimize=True)
-
-        def normal(
-            x: Array,
-            shape: Shape = core.shape,
-            after: Array = after,
-            before: Array = before,
-            behind: Array = behind,
-            ahead: Array = ahead,
-        ) -> Array:
-            step = x.reshape(shape)
-            dense = np.einsum("inj,jcm,mdi->ncd", step, after, before, optimize=True)
-            penalty = step @ behind + np.einsum("ik,knj->inj", ahead, step, optimize=True)
-            return (seen(dense, after, before) + penalty).ravel()
-
+        behind = np.einsum("jcm,kcm->jk", after, after, optimize=True) * (ridge * before.shape[1] * _variance(before))
+        ahead = np.einsum("mdi,mdk->ik", before, before, optimize=True) * (ridge * after.shape[1] * _variance(after))
+        normal = _Normal(core.shape, after, before, behind, ahead)
         operator = LinearOperator((core.size, core.size), matvec=normal, dtype=np.float64)
-        solved, _ = cg(operator, seen(turned).ravel(), x0=core.ravel(), maxiter=_STEPS)
-        cores[i] = solved.reshape(core.shape)
+        wanted = normal.seen(tensor.transpose(i, (i + 1) % 3, (i + 2) % 3))
+        cores[i] = cg(operator, wanted.ravel(), x0=core.ravel(), maxiter=steps)[0].reshape(core.shape)
     return cores
+
+
+@dataclass(frozen=True, eq=False)
+class _Normal:
+    """The normal equations of one core (left, n, right), as a function of the core laid out flat.
+
+    Args:
+        shape: Of the core.
+        after: The core behind it, (right, c, m).
+        before: The core in front of it, (m, d, left).
+        behind: Penalty on the right bond.
+        ahead: Penalty on the left bond.
+    """
+
+    shape: Shape
+    after: Array
+    before: Array
+    behind: Array
+    ahead: Array
+
+    def __call__(self, x: Array) -> Array:
+        step = x.reshape(self.shape)
+        penalty = step @ self.behind + np.einsum("ik,knj->inj", self.ahead, step, optimize=True)
+        return (self.seen(_contract("inj,jcm,mdi->ncd", step, self.after, self.before)) + penalty).ravel()
+
+    def seen(self, dense: Array) -> Array:
+        """The adjoint: a tensor (n, c, d) as the core sees it."""
+        return _contract("ncd,jcm,mdi->inj", dense, self.after, self.before)
+
+
+def _contract(equation: str, *operands: Array) -> Array:
+    """Einsum in the order of least work: the greedy one may form what is larger than the tensor."""
+    return np.einsum(equation, *operands, optimize="optimal")
+
+
+def _variance(core: Array) -> float:
+    return float(np.square(core).sum()) / core.size
 
 
 def octaves(limit: int, step: int = 1, spread: int = 8) -> list[int]:
@@ -185,7 +254,7 @@ def octaves(limit: int, step: int = 1, spread: int = 8) -> list[int]:
 
 def _product(cores: Sequence[Array]) -> Array:
     u, v, q = cores
-    return np.einsum("asb,bce,eka->sck", u, v, q, optimize=True)
+    return _contract("asb,bce,eka->sck", u, v, q)
 
 
 def _error(tensor: Array, cores: Sequence[Array]) -> float:
