@@ -101,8 +101,8 @@ class _Group:
 
     Args:
         subscripts: Letters of each factor, without the group.
-        out: Letters of the outputs; several where they are a product of modes.
-        kept: Letters of input and kernel.
+        out: Of the outputs; several where they are a product of modes.
+        kept: Of input and kernel.
         factors: One array per stage.
         weight: M, (S, C, *kernel).
         gram: G, (n, n).

@@ -120,7 +120,7 @@ class Kronecker(NetworkFormat):
         return [
             (*split.mine, terms)
             for split in dict.fromkeys([*by_macs, *by_weights])
-            for terms in spaced(min(split.exact, (dense - 1) // split.weights), 1)[-_TERMS:]
+            for terms in spaced(min(split.exact, (dense - 1) // split.weights, dense // split.macs), 1)[-_TERMS:]
         ]
 
     def chain(self, shape: LayerShape, rank: Rank) -> Chain:

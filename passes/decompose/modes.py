@@ -58,11 +58,11 @@ class ModalFormat(NetworkFormat):
         return None
 
     def ranks(self, shape: LayerShape, block: int) -> Sequence[Rank]:  # noqa: ARG002 - bonds do not fill channel blocks
-        """For every number of modes the eight highest ranks with fewer weights than the matrix."""
+        """For every number of modes the eight highest ranks that save weights and work."""
         found: list[Rank] = []
         for modes in self._modes(shape):
             pairs = [(len(modes.outs), r) for r in spaced(max(self.bonds(modes)), 1)]
-            found += [pair for pair in pairs if self.chain(shape, pair).params < shape.params][-_RANKS:]
+            found += [pair for pair in pairs if self.saves(shape, pair)][-_RANKS:]
         return found
 
     def misfit(self, shape: LayerShape, rank: Rank) -> str | None:

@@ -91,6 +91,12 @@ class NetworkFormat(Decomposition):
         """Nothing is decomposed before a rank is asked for."""
         return _NetworkFit(self, weight, gram)
 
+    def saves(self, shape: LayerShape, rank: Rank) -> bool:
+        """Whether the chain has fewer weights, and no more multiply-accumulates where no stage changes the size."""
+        stages = self.chain(shape, rank).stages
+        work = sum(stage.copies * stage.params for stage in stages)
+        return sum(stage.params for stage in stages) < shape.params >= work
+
     def exact_rank(self, shape: LayerShape) -> Rank | None:  # noqa: ARG002 - the protocol's signature
         """There is one for every way to cut the channels into modes, none for all."""
         return None

@@ -56,9 +56,9 @@ class SemiTensorFormat(NetworkFormat):
         return None
 
     def ranks(self, shape: LayerShape, block: int) -> Sequence[Rank]:  # noqa: ARG002 - powers of two fill any block
-        """Powers of two for every bond, with fewer weights than the layer."""
+        """Powers of two for every bond, where that saves weights and work."""
         found = [rank for ratio in RATIOS for rank in self._grid(shape, ratio)]
-        return [rank for rank in found if self.chain(shape, rank).params < shape.params]
+        return [rank for rank in found if self.saves(shape, rank)]
 
     def misfit(self, shape: LayerShape, rank: Rank) -> str | None:
         """Multiples of the ratio, which divides both sides."""

@@ -61,10 +61,10 @@ class TensorRing(NetworkFormat):
         return None
 
     def ranks(self, shape: LayerShape, block: int) -> Sequence[Rank]:  # noqa: ARG002 - the product of two ranks is a channel
-        """Two or four copies of the kernel's stage, and powers of two for the other two, with fewer weights."""
+        """Two or four copies of the kernel's stage, and powers of two for the other two ranks."""
         pairs = [(b, r) for b in COPIES for r in _pairs(shape, b)]
         found = [(a, b, e) for b, (a, e) in pairs]
-        return [rank for rank in found if self.chain(shape, rank).params < shape.params]
+        return [rank for rank in found if self.saves(shape, rank)]
 
     def chain(self, shape: LayerShape, rank: Rank) -> Chain:
         """Three stages, the middle one folded."""
@@ -120,7 +120,8 @@ class Rings:
     def __call__(self, rank: Rank) -> Ring:
         """U (a, S, b), V (b, C, e), Q (e, K, a); a b at most S and C K, b e at most C."""
         a, b, e = rank
-        left, right = self._bases[0][:, : a * b], self._bases[1][:, : b * e]
+        wide = max(b * e, -(-a * b // self._tensor.shape[2]))  # TR-SVD cuts the rest of a side to a b
+        left, right = self._bases[0][:, : a * b], self._bases[1][:, :wide]
         u, v, q = ring(_contract("sck,sx,cy->xyk", self._tensor, left, right), rank)
         return [np.einsum("sx,axb->asb", left, u), np.einsum("cy,bye->bce", right, v), q]
 
