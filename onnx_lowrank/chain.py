@@ -5,6 +5,9 @@ with a weight of shape (groups, out, in, *kernel); the einsum equation contracts
 the canonical dense weight. Being linear in each factor, the equation is all that a least-squares refit needs.
 
 Letters in parentheses share an axis, the first one slowest (as in einops): "(gr)" are the r blocks in each of g groups.
+
+Where channels are products of modes (Kronecker products, tensor networks of matrices), a stage is `Folded`: it mixes
+some modes and is shared over the others, which count as batch meanwhile.
 """
 
 from __future__ import annotations
@@ -54,6 +57,72 @@ class Stage:
         """Whether each channel stays by itself."""
         return self.out == self.in_ == 1
 
+    @property
+    def copies(self) -> int:
+        """How often the weight is applied to each sample and position."""
+        return 1
+
+
+@dataclass(frozen=True)
+class Folded(Stage):
+    """A stage that is shared over some modes of the channels, of one group.
+
+    The channels that arrive are cut into `modes`, major first, and put into `order`: the first `shared` of them are
+    counted as batch, the others are the stage's inputs. What leaves, the shared modes and then `outs`, is put into the
+    order `leaves` and counted as channels again.
+
+    A class of its own, so that the words for other stages, and the keys of latencies made of them, stay what they are.
+
+    Args:
+        modes: Sizes; their product is the number of channels.
+        order: A permutation of the modes; empty: as they come.
+        shared: How many modes count as batch.
+        outs: Modes of `out`.
+        leaves: A permutation of the shared modes and `outs`; empty: as they are.
+    """
+
+    modes: Shape = ()
+    order: Shape = ()
+    shared: int = 0
+    outs: Shape = ()
+    leaves: Shape = ()
+
+    @staticmethod
+    def of(
+        modes: Shape,
+        outs: Shape,
+        *,
+        shared: int,
+        order: Shape = (),
+        leaves: Shape = (),
+        kernel: Shape = (),
+        carries: Shape = (),
+    ) -> Folded:
+        """The stage with these modes; numbers of channels follow."""
+        arranged = [modes[i] for i in order] if order else list(modes)
+        in_ = math.prod(arranged[shared:])
+        return Folded(1, math.prod(outs), in_, kernel, carries, modes, order, shared, outs, leaves)
+
+    @property
+    def arranged(self) -> Shape:
+        """The modes in order: shared ones, then inputs."""
+        return tuple(self.modes[i] for i in self.order) if self.order else self.modes
+
+    @property
+    def left(self) -> Shape:
+        """The modes that leave, before they are put into order: shared ones, then outputs."""
+        return (*self.arranged[: self.shared], *self.outs)
+
+    @property
+    def weight(self) -> Shape:
+        """Shape of the stage's weight array: (1, *outs, *inputs, *kernel), an axis for every mode."""
+        return (1, *self.outs, *self.arranged[self.shared :], *self.kernel)
+
+    @property
+    def copies(self) -> int:
+        """Product of the shared modes."""
+        return math.prod(self.arranged[: self.shared])
+
 
 @dataclass(frozen=True)
 class Chain:
@@ -87,6 +156,11 @@ class Chain:
         """Letters of every factor and of the dense weight, shared axes taken apart."""
         left, result = self.equation.translate(str.maketrans("", "", "()")).split("->")
         return tuple(left.split(",")), result
+
+    @property
+    def axes(self) -> list[str]:
+        """Letters of each axis of the dense weight: groups, outputs, inputs, kernel."""
+        return _axes(self.equation.split("->")[1])
 
     @cached_property
     def sizes(self) -> dict[str, int]:
@@ -122,8 +196,7 @@ class Chain:
         """The dense weight that `factors` stand for, (groups, out, in, *kernel)."""
         subscripts, result = self.letters
         found = contract(list(zip(subscripts, self.apart(factors), strict=True)), result, self.sizes)
-        axes = _axes(self.equation.split("->")[1])
-        return found.reshape([math.prod(self.sizes[letter] for letter in axis) for axis in axes])
+        return found.reshape([math.prod(self.sizes[letter] for letter in axis) for axis in self.axes])
 
     def site_macs(self, layer: Layer, site: Site, block: int = 1) -> float:
         """Multiply-accumulates of one execution at `site`.
@@ -146,7 +219,7 @@ class Chain:
             else:
                 out = stage.out if i == last else _round_up(stage.out, block)
                 channels = stage.groups * out * (stage.in_ if i == 0 else _round_up(stage.in_, block))
-            total += batch * math.prod(spatial) * channels * math.prod(stage.kernel)
+            total += batch * math.prod(spatial) * channels * math.prod(stage.kernel) * stage.copies
         return total
 
     def macs(self, layer: Layer, block: int = 1) -> float:

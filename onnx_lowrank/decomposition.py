@@ -45,8 +45,8 @@ class Decomposition(ABC):
     Attributes:
         name: As in the literature.
         on_request: Why the format is tried only where the user names it; empty: it is tried by default.
-        structure: How many leading entries of a rank say how the weight is arranged, not how much of it is kept. Errors
-            fall with the rank among ranks that agree in them.
+        structure: How many leading entries of a rank say how the weight is arranged, not how much of it is kept;
+            negative: all entries but so many. Errors fall with the rank among ranks that agree in them.
     """
 
     name: ClassVar[str]

@@ -5,7 +5,7 @@ The dense weight M(f) of a chain is linear in each of its factors, by its einsum
     tr((M(f) - M) G (M(f) - M)^T),    G = E[c c^T] the second moment of the layer's unfolded input,
 
 by sweeps over the factors: each is replaced by an (approximate) least-squares solution for the others as they are. The
-last factor has a closed form, as the outputs occur in no other: with T the features that the other stages compute,
+last factor has a closed form where the outputs occur in no other: with T the features that the other stages compute,
 the correction solves (T G T^T) X = T G (M - M(f))^T. The others are improved by preconditioned conjugate gradients on
 their normal equations, whose matrix is never formed: one product D G per step.
 
@@ -53,7 +53,7 @@ def refine(
     """Better factors of a chain for the outputs; never worse than those given.
 
     Args:
-        chain: The chain; only its equation is used.
+        chain: Only its equation is used.
         factors: Where to start, one array per stage.
         weight: M as a canonical weight (groups, out, in, *kernel): what the chain stands for.
         gram: G, (groups, n, n), positive semidefinite. In float32 the work is done in float32, twice as fast.
@@ -66,17 +66,16 @@ def refine(
         chains whose factors are shared between the groups of a layer.
     """
     dtype = np.float32 if gram.dtype == np.float32 else np.float64
-    subscripts, result = chain.letters
-    group = result[0]
+    subscripts, _ = chain.letters
+    group, out, *kept = chain.axes
     shared = not all(group in letters for letters in subscripts)
     if (shared and len(weight) > 1) or not np.isfinite(gram).all() or not all(np.isfinite(f).all() for f in factors):
         return tuple(factors)
     found = [np.array(factor, dtype=dtype) for factor in chain.apart(factors)]
-    target = weight.reshape([chain.sizes[letter] for letter in result])
     improved = False
     for index, moment in enumerate(gram):
         own = [_member(array, letters, group, index) for array, letters in zip(found, subscripts, strict=True)]
-        problem = _Group([s.replace(group, "") for s in subscripts], result[1:], own, target[index], moment)
+        problem = _Group([s.replace(group, "") for s in subscripts], out, "".join(kept), own, weight[index], moment)
         try:
             solved = problem.solved(sweeps, iterations)
         except LinAlgError:  # overflow on the way
@@ -102,26 +101,29 @@ class _Group:
 
     Args:
         subscripts: Letters of each factor, without the group.
-        result: Letters of the dense weight: output, input, kernel.
+        out: Of the outputs; several where they are a product of modes.
+        kept: Of input and kernel.
         factors: One array per stage.
         weight: M, (S, C, *kernel).
         gram: G, (n, n).
     """
 
-    def __init__(self, subscripts: Sequence[str], result: str, factors: Sequence[Array], weight: Array, gram: Array):
+    def __init__(
+        self, subscripts: Sequence[str], out: str, kept: str, factors: Sequence[Array], weight: Array, gram: Array
+    ) -> None:
         dtype = factors[0].dtype
-        sizes = dict(zip(result, weight.shape, strict=True))
+        sizes: dict[str, int] = {}
         for letters, factor in zip(subscripts, factors, strict=True):
             sizes.update(zip(letters, factor.shape, strict=True))
-        self.out, self.sizes = result[0], sizes
+        self.out, self.sizes = out, sizes
         self.subscripts = [self._long(letters) for letters in subscripts]
         shapes = [[sizes[x] for x in letters] for letters in self.subscripts]
         self.factors: list[Array] = [factor.reshape(shape) for factor, shape in zip(factors, shapes, strict=True)]
         earlier, last = set("".join(self.subscripts[:-1])), self.subscripts[-1]
-        kept = self._long(result[1:])
+        kept = self._long(kept)
         self.positions = "".join(x for x in kept if x in last and x not in earlier)
         self.inputs = "".join(x for x in kept if x not in self.positions)
-        self.closed = self.out in last and self.out not in earlier
+        self.closed = len(out) == 1 and out in last and out not in earlier
         index = np.arange(len(gram)).reshape([sizes[x] for x in kept])
         order = index.transpose([kept.index(x) for x in self.positions + self.inputs]).ravel()
         self.weight = weight.reshape(len(weight), -1)[:, order].astype(dtype)
@@ -130,7 +132,7 @@ class _Group:
             self.gram = self.gram[np.ix_(order, order)]
 
     def _long(self, letters: str) -> str:
-        return "".join(letter for letter in letters if self.sizes[letter] > 1 or letter == self.out)
+        return "".join(letter for letter in letters if self.sizes[letter] > 1 or letter in self.out)
 
     def solved(self, sweeps: int, iterations: int) -> list[Array] | None:
         """The factors after at most `sweeps` sweeps, or None if that gained nothing."""
@@ -225,7 +227,7 @@ class _Normal:
 
     def __init__(self, group: _Group, factors: Sequence[Array], i: int, outputs: int) -> None:
         self.group, self.letters = group, group.subscripts[i]
-        self.sizes = {**group.sizes, group.out: outputs}
+        self.sizes = {**group.sizes, group.out: outputs} if group.closed else group.sizes
         self.kept = group.positions + group.inputs
         pairs = enumerate(zip(group.subscripts, factors, strict=True))
         self.others = [pair for j, pair in pairs if j != i]
@@ -275,9 +277,9 @@ class _Normal:
         theirs = "".join(x for x in self.kept if x in elsewhere)
         moment = self.group.average(theirs).reshape([self.sizes[x] for x in theirs] * 2)
         for letter in self.letters:
-            if letter in self.kept or letter == self.group.out or letter not in elsewhere:
+            if letter in self.kept or letter in self.group.out or letter not in elsewhere:
                 continue
-            tied = (set(self.letters) - {letter} - set(theirs)) | {self.group.out}
+            tied = (set(self.letters) - {letter} - set(theirs)) | set(self.group.out)
             found.append((letter, second_moment(self.others, letter, tied, theirs, moment, self.sizes)))
         roots: list[_Root] = []
         for letters, matrix in found:

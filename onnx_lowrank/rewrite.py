@@ -4,6 +4,8 @@ Conv:            one Conv per stage, its group the stage's groups; stride, dilat
 Gemm, right:     y = (x' F_1^T) F_2^T + beta C        left:  y = F_2 (F_1 x') + beta C
 MatMul, right:   y = (x F_1^T) F_2^T                  left:  y = F_2 (F_1 x);  F_i has the batch axes of the constant
 
+Stages that are folded over some modes of the channels: `folding`.
+
 Bias goes to the last stage and nothing stands between stages, so that onnxruntime fuses what follows as before.
 onnx-graphsurgeon builds the new nodes; the user's own nodes never pass through it.
 """
@@ -19,7 +21,8 @@ import onnx_graphsurgeon as gs
 from onnx import NodeProto, helper
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
-from onnx_lowrank.chain import Chain, Fit, Stage
+from onnx_lowrank.chain import Chain, Fit, Folded, Stage
+from onnx_lowrank.folding import convolution_attributes, folded_tensor, has_folds, lower_folded
 from onnx_lowrank.graph.applied import Applied, applied
 from onnx_lowrank.graph.bias import bias_slot
 from onnx_lowrank.graph.keys import keyed_nodes
@@ -42,17 +45,19 @@ def lower(
     bias: str | None,
     weights: Sequence[str],
 ) -> list[NodeProto]:
-    """The nodes of a chain, in order, named `prefix_0`, `prefix_1`, ....
+    """The nodes of a chain, in order, named `prefix_0`, `prefix_1`, ...: more than one per stage where it is folded.
 
     Args:
         form: The node that is replaced.
-        chain: One stage per node.
+        chain: The stages.
         prefix: Start of the names of nodes and of the tensors between them.
         x: The activation.
         y: The output.
         bias: Conv's bias or Gemm's C, or None.
         weights: Names of the stage weights, laid out by `stage_tensor`.
     """
+    if has_folds(chain):
+        return lower_folded(form, chain, prefix, x, y, bias, weights)
     last = len(chain.stages) - 1
     tensors = [x, *(f"{prefix}_{i}/out" for i in range(last)), y]
     nodes: list[NodeProto] = []
@@ -78,6 +83,8 @@ def lower(
 
 def stage_tensor(form: Form, stage: Stage, factor: Array) -> Array:
     """A stage's weight (groups, out, in, *kernel) as its node wants it."""
+    if isinstance(stage, Folded):
+        return folded_tensor(form, stage, factor)
     if form.op == "Conv":
         return factor.reshape(stage.groups * stage.out, stage.in_, *stage.kernel)
     matrices = factor.reshape(*form.batch, stage.out, stage.in_)
@@ -177,17 +184,7 @@ def _attributes(form: Form, stage: Stage, *, first: bool, last: bool) -> dict[st
         if last and form.beta != 1.0:
             attributes["beta"] = form.beta
         return attributes
-    if form.geometry is None:
-        raise ValueError("got a Conv without geometry; expected the form of a layer that was read from a graph")
-    own = form.geometry.restricted(stage.carries)
-    padding: dict[str, object] = {"pads": list(own.pads)} if own.auto_pad == "NOTSET" else {"auto_pad": own.auto_pad}
-    return {
-        "dilations": list(own.dilations),
-        "group": stage.groups,
-        "kernel_shape": list(stage.kernel),
-        **padding,
-        "strides": list(own.strides),
-    }
+    return convolution_attributes(form, stage)
 
 
 def _applied(scope: Scope, node: NodeProto) -> Applied:

@@ -5,7 +5,8 @@ compute. Calibrated, the data-free fit gives T, A is the least-squares solution 
 
     A (T G T^T) = M G T^T,
 
-and one sweep over all stages follows (`multilinear.refine`), which only lowers the error.
+and one sweep over all stages follows (`multilinear.refine`), which only lowers the error. Where the outputs are a
+product of modes that several stages hold, there is the sweep alone.
 
 Errors never rise with the rank: a rank gets the best fit of those asked for so far at or below it, padded with zeros.
 """
@@ -116,10 +117,12 @@ class Fitted(Factorization):
         lowest = not self._fits_below(rank)  # something must be handed out
         return _Fit(factors, error if lowest or self.usable(rank, factors) else math.inf)
 
-    def _solved(self, chain: Chain, factors: Sequence[Array], gram: Array) -> tuple[Array, ...]:
-        """The factors with the last one solved for."""
+    def _solved(self, chain: Chain, factors: tuple[Array, ...], gram: Array) -> tuple[Array, ...]:
+        """The factors with the last one solved for, where it alone holds the outputs."""
+        group, out, *_ = chain.axes
+        if len(out) > 1:
+            return factors
         subscripts, result = chain.letters
-        group, out = result[:2]
         features = subscripts[-1].replace(group, "").replace(out, "")
         terms = list(zip(subscripts[:-1], chain.apart(factors)[:-1], strict=True))
         rows = contract(terms, group + features + result[2:], chain.sizes).reshape(len(gram), -1, gram.shape[1])

@@ -1,0 +1,160 @@
+"""Kronecker product decomposition: W = sum over q <= R of A_q (x) B_q, of matrices and of convolutions.
+
+    W[s1 S2 + s2, c1 C2 + c2, kernel] = sum over q of A_q[s1, c1, its kernel] B_q[s2, c2, its kernel]
+
+(KPD: Thakker et al., 2019; GKPD: Hameed et al., CVPR 2022.)
+With A_q as rows (s1, c1, its kernel) and B_q as columns (s2, c2, its kernel), the rearranged weight is a matrix whose
+truncated SVD gives the best R terms (Van Loan and Pitsianis, 1993). The chain: B maps c2 to (s2, q), shared over c1; A
+maps (c1, q) to s1, shared over s2. R (S1 C1 prod k1 + S2 C2 prod k2) weights.
+
+Every spatial axis of the kernel goes to A or to B as a whole: half an axis could not carry the padding SAME exactly.
+The rank is (S1, C1, *kernel of A, R): the shape of A, and the number of terms.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import numpy as np
+
+from onnx_lowrank.chain import Chain
+from onnx_lowrank.decomposition import Rank, spaced
+from onnx_lowrank.layer import Array, LayerShape, Shape
+from onnx_lowrank.linalg import Spectrum, spectrum
+from onnx_lowrank.passes.decompose.network import ON_REQUEST, Link, NetworkFormat, network
+
+_SHAPES = 3  # of each kind: shapes of A with few multiply-accumulates per term, and with few weights
+_TERMS = 6
+_FINE = 32  # exact terms: of less than that, one term more or less is a large step
+
+
+class VanLoan:
+    """The rearranged weight decomposed, once for all ranks of one shape of A; the last shape's is kept.
+
+    Args:
+        weight: (1, S, C, *kernel).
+    """
+
+    def __init__(self, weight: Array) -> None:
+        self._weight = weight[0]
+        self._made: tuple[Shape, Spectrum] | None = None
+
+    def __call__(self, rank: Rank) -> tuple[Array, ...]:
+        """B (1, S2, R, C2, *k2) and A (1, S1, C1, R, *k1)."""
+        *mine, terms = rank
+        theirs = [whole // part for whole, part in zip(self._weight.shape, mine, strict=True)]
+        a, b = self._cut(tuple(mine)).truncated(terms)
+        left = np.moveaxis(a[0].reshape(*mine, terms), -1, 2)
+        right = np.moveaxis(b[0].reshape(terms, *theirs), 0, 1)
+        return right[None], left[None]
+
+    def _cut(self, mine: Shape) -> Spectrum:
+        if self._made is None or self._made[0] != mine:
+            pairs = [(part, whole // part) for whole, part in zip(self._weight.shape, mine, strict=True)]
+            split = self._weight.reshape([size for pair in pairs for size in pair])
+            rows = split.transpose([*range(0, split.ndim, 2), *range(1, split.ndim, 2)])
+            self._made = mine, spectrum(rows.reshape(1, math.prod(mine), -1))
+        return self._made[1]
+
+
+@dataclass(frozen=True)
+class _Split:
+    """The shape of A, (S1, C1, *k1), in a layer; what is left is that of B."""
+
+    shape: LayerShape
+    mine: Shape
+
+    @cached_property
+    def theirs(self) -> Shape:
+        whole = self.shape.weight[1:]
+        return tuple(size // part for size, part in zip(whole, self.mine, strict=True))
+
+    @property
+    def exact(self) -> int:
+        """Terms that reproduce any weight."""
+        return min(math.prod(self.mine), math.prod(self.theirs))
+
+    @property
+    def weights(self) -> int:
+        """Of one term."""
+        return math.prod(self.mine) + math.prod(self.theirs)
+
+    @property
+    def macs(self) -> int:
+        """Of one term, per output position."""
+        return self.theirs[0] * math.prod(self.mine) + self.mine[1] * math.prod(self.theirs)
+
+
+@dataclass(frozen=True)
+class Kronecker(NetworkFormat):
+    """Sum of Kronecker products A (x) B, the shape of A searched: B shared over blocks of inputs, then A."""
+
+    name: ClassVar[str] = "kronecker"
+    on_request: ClassVar[str] = ON_REQUEST
+    structure: ClassVar[int] = -1
+
+    def refusal(self, shape: LayerShape) -> str | None:
+        """Refuse groups, and layers whose channels cannot be cut."""
+        if shape.groups > 1:
+            return f"{shape} has groups: their channels cannot be cut into blocks any further"
+        if not _splits(shape):
+            return f"{shape} has prime numbers of channels: every Kronecker product of that shape is an svd"
+        return None
+
+    def ranks(self, shape: LayerShape, block: int) -> Sequence[Rank]:  # noqa: ARG002 - terms do not fill channel blocks
+        """Six shapes of A, up to six numbers of terms each.
+
+        Of all shapes: those with the fewest multiply-accumulates at the exact number of terms, so that a given budget
+        buys most of them, and those with the fewest weights per term.
+        """
+        splits = _splits(shape)
+        dense = shape.params
+        fine = [split for split in splits if split.exact >= _FINE] or splits
+        by_macs = sorted(fine, key=lambda split: split.macs * split.exact)[:_SHAPES]
+        by_weights = sorted(splits, key=lambda split: (split.weights, split.macs * split.exact))[:_SHAPES]
+        return [
+            (*split.mine, terms)
+            for split in dict.fromkeys([*by_macs, *by_weights])
+            for terms in spaced(min(split.exact, (dense - 1) // split.weights, dense // split.macs), 1)[-_TERMS:]
+        ]
+
+    def chain(self, shape: LayerShape, rank: Rank) -> Chain:
+        """B, then A."""
+        s1, c1, *kernel, terms = rank
+        first = tuple(axis for axis, part in enumerate(kernel) if part == 1)
+        last = tuple(axis for axis, part in enumerate(kernel) if part > 1)
+        sizes = {"s": s1, "t": shape.out // s1, "c": c1, "d": shape.in_ // c1, "r": terms}
+        links = (Link("d", "tr", first), Link("cr", "s", last))
+        return network(self.name, shape, links, "cd", "st", sizes)
+
+    def algorithm(self, weight: Array) -> VanLoan:
+        """The SVD of the rearranged weight."""
+        return VanLoan(weight)
+
+    def misfit(self, shape: LayerShape, rank: Rank) -> str | None:
+        """The shape of A has to divide that of the weight, the kernel axis by axis wholly or not at all."""
+        whole = shape.weight[1:]
+        if len(rank) == 1 + len(whole) and all(part > 0 for part in rank):
+            channels = all(size % part == 0 for size, part in zip(whole[:2], rank[:2], strict=True))
+            kernel = all(part in {1, size} for size, part in zip(whole[2:], rank[2:-1], strict=True))
+            if channels and kernel and rank[-1] <= _Split(shape, rank[:-1]).exact:
+                return None
+        parts = "".join(f", 1 or {size}" for size in whole[2:])
+        return f"a divisor of {shape.out}, one of {shape.in_}{parts}, and no more terms than are exact"
+
+
+def _splits(shape: LayerShape) -> list[_Split]:
+    """All shapes of A but those of which another method is the better name: svd and spatial_svd cut no side."""
+    kernels = itertools.product(*({1, size} for size in shape.kernel))
+    sides = itertools.product(_divisors(shape.out), _divisors(shape.in_), sorted(kernels))
+    splits = [(s1, c1, kernel) for s1, c1, kernel in sides if 1 < s1 < shape.out or 1 < c1 < shape.in_]
+    return [_Split(shape, (s1, c1, *kernel)) for s1, c1, kernel in splits]
+
+
+def _divisors(number: int) -> list[int]:
+    return [part for part in range(1, number + 1) if number % part == 0]
