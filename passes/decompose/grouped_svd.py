@@ -47,12 +47,9 @@ class Slices(Factorization):
         return math.sqrt(float(squares[:, rank[1] :].sum()) / total) if total > 0 else 0.0
 
     def spectral_error(self, rank: Rank) -> float:
-        """What ALDS compares, as in the authors' code: max_i sigma_{i,j+1} / ||W||_2; W is the whole unfolding.
-
-        The theorem's bound of ||W - W'||_2 / ||W||_2 is sqrt(k) times that.
-        """
+        """The bound of ALDS's theorem 1: sqrt(k) max_i sigma_{i,j+1} / ||W||_2; W is the whole unfolding."""
         cut = self._of(rank[0])[:, rank[1] :]
-        return float(cut.max() / self._largest) if cut.size and self._largest > 0 else 0.0
+        return math.sqrt(rank[0]) * float(cut.max() / self._largest) if cut.size and self._largest > 0 else 0.0
 
     def factors(self, rank: Rank) -> tuple[Array, ...]:
         """Weights (g k, j, C/k, *kernel) and (g, S, k j, 1..)."""
@@ -96,7 +93,7 @@ class CalibratedSlices(Factorization):
         values = self._of(rank[0])[1][:, rank[1] :]
         if self._full(rank) or not values.size or self._largest <= 0:
             return 0.0
-        return float(values.max() / math.sqrt(self._largest))
+        return math.sqrt(rank[0]) * float(values.max() / math.sqrt(self._largest))
 
     def factors(self, rank: Rank) -> tuple[Array, ...]:
         """Weights (g k, j, C/k, *kernel) and (g, S, k j, 1..)."""
