@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import resource
 from pathlib import Path
 
@@ -9,13 +10,14 @@ import numpy as np
 import pytest
 from builders import product_model
 
+from onnx_lowrank.decomposition import Decomposition
 from onnx_lowrank.graph.layers import layers
 from onnx_lowrank.graph.model import Graph
-from onnx_lowrank.layer import Layer
+from onnx_lowrank.layer import Layer, LayerShape
 from onnx_lowrank.passes.decompose import decompositions
 from onnx_lowrank.plan import Choice, Plan
 from onnx_lowrank.search.bench import Bench
-from onnx_lowrank.search.factorizations import FactorizationCache
+from onnx_lowrank.search.factorizations import FactorizationCache, array_bytes
 from onnx_lowrank.search.racer import Racer
 from onnx_lowrank.target import Target
 
@@ -43,6 +45,21 @@ def test_what_was_made_comes_back(tmp_path: Path, limit: int) -> None:
         kept = cache.make(layer, SVD, weight=np.zeros(layer.shape.weight)).factors((2,))
         assert all(np.array_equal(a, b) for a, b in zip(factors, kept, strict=True))
     assert cache.get((found[0].key, "no method")) is None
+
+
+@pytest.mark.parametrize("method", decompositions().values(), ids=lambda method: method.name)
+def test_what_a_factorization_holds_is_counted(method: Decomposition) -> None:
+    shape = LayerShape(1, 16, 12, (3, 3)) if method.refusal(LayerShape(1, 16, 12)) else LayerShape(1, 16, 12)
+    weight = np.random.default_rng(0).standard_normal(shape.weight)
+    gram = np.eye(shape.inputs)[None]
+    made = method.factorize(weight, gram)
+    pickled = len(pickle.dumps(made))
+    assert 0.5 * pickled <= array_bytes(made) <= 2 * pickled + weight.nbytes
+
+
+def test_shared_arrays_count_once() -> None:
+    array = np.zeros(100)
+    assert array_bytes({"a": [array, array[:50]], "b": (array.reshape(10, 10), 3, "text")}) == array.nbytes
 
 
 def test_on_a_full_disk_they_are_forgotten(tmp_path: Path) -> None:

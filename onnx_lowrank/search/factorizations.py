@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import joblib
+import numpy as np
 
 from onnx_lowrank.decomposition import Decomposition, Factorization
 from onnx_lowrank.layer import Array, Layer
@@ -70,8 +71,7 @@ class FactorizationCache(Mapping[Key, Factorization]):
             self._calibrated.add(key)
         evicted: list[tuple[Key, Factorization]] = []
         with self._lock:
-            # A factorization holds about the weight and its bases, in float64; one with moments their factors too.
-            self._held[key] = (made, (16 if gram is None else 48) * layer.shape.params)
+            self._held[key] = (made, array_bytes(made))
             while len(self._held) > 1 and sum(size for _, size in self._held.values()) > self.limit_bytes:
                 old, (factorization, _) = self._held.popitem(last=False)
                 evicted.append((old, factorization))
@@ -93,3 +93,25 @@ class FactorizationCache(Mapping[Key, Factorization]):
             return
         with self._lock:
             self._spilled[key] = path
+
+
+def array_bytes(holder: object) -> int:
+    """Bytes of the arrays that an object holds, each once; what several objects share counts for each of them."""
+    found: dict[int, int] = {}
+    seen: set[int] = set()
+    left = [holder]
+    while left:
+        at = left.pop()
+        if id(at) in seen:
+            continue
+        seen.add(id(at))
+        if isinstance(at, np.ndarray):
+            owner = at if at.base is None else at.base
+            found[id(owner)] = getattr(owner, "nbytes", at.nbytes)
+        elif isinstance(at, Mapping):
+            left.extend(at.values())
+        elif isinstance(at, (list, tuple)):
+            left.extend(at)
+        else:
+            left.extend(getattr(at, "__dict__", {}).values())
+    return sum(found.values())
