@@ -359,6 +359,8 @@ def inspect_(
         typer.echo(json.dumps([asdict(row) for row in rows], indent=1))
     else:
         _out.print(inspection.render_spectra(rows) if spectrum else inspection.render(rows))
+        if spectrum and calibration is not None and (missing := inspection.unreached(rows)):
+            _out.print(f"outputs of {', '.join(missing)} not shown: no samples can be led there", soft_wrap=True)
 
 
 @app.command("passes")

@@ -56,8 +56,9 @@ def fit_(
         source = "your latency table" if file is None else str(file)
         there = elsewhere(table, Choice(device, provider, (), threads), source, "measure a model there first")
         where, timed, silent = _timed(table, there.where)
-        blocks: dict[Kind, int] = {kind: known_block(where, table, kind) or UNPROBED_BLOCK for kind in KINDS}
+        probed = {kind: known_block(where, table, kind) for kind in KINDS}
     errors = cross_validated(timed)
+    blocks: dict[Kind, int] = {kind: block or UNPROBED_BLOCK for kind, block in probed.items()}
     made = replace(fit(timed, f"{where.label}, level {where.level}", blocks), origin=f"fitted to {errors}")
     if out is not None:
         io.write_text(out, made.to_json())
@@ -67,6 +68,8 @@ def fit_(
     _show(made, errors, timed)
     if silent:
         _say(f"{silent} latencies of an earlier version are left out: they do not say enough of what was timed")
+    if assumed := ", ".join(kind for kind, block in probed.items() if block is None):
+        _say(f"channel block of {assumed} not probed there: {UNPROBED_BLOCK} is assumed")
     if out is not None:
         _say(f"written to {out}; plan by it with `onnx-lowrank plan MODEL --estimate {out}`")
 

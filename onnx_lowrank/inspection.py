@@ -143,6 +143,11 @@ def render_spectra(rows: Sequence[InspectedLayer]) -> Table:
     return table
 
 
+def unreached(rows: Sequence[InspectedLayer]) -> list[str]:
+    """Layers without a spectrum of their outputs: in bodies, with shared weights, or behind what is no array."""
+    return [row.name for row in rows if row.spectrum is not None and row.whitened is None]
+
+
 def _figures(found: Measures) -> tuple[str, ...]:
     return (
         str(found.full_rank),

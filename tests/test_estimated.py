@@ -170,6 +170,7 @@ def test_a_table_is_fitted_and_planned_by(folder: Path, capsys: Captured) -> Non
     assert "a toaster, cpu, 1 thread(s)" in told
     assert "48 latencies of 12 layers; of layers held out, half within 0% and nine tenths within 0%" in told
     assert "1 latencies of an earlier version are left out" in told
+    assert "channel block of conv, matmul not probed there: 16 is assumed" in told
     found = read_roofline(folder / "toaster.json")
     work = Work("", "float32", (Step(1, 300, 200, (), 64, 64),))
     assert found.ms(work) == pytest.approx(T4.ms(work), rel=0.02)

@@ -12,7 +12,7 @@ from onnx import numpy_helper
 from rich.console import Console
 from roads import network, on_one_thread, parameter_count, perceptron, save, shared, weight_bearing
 
-from onnx_lowrank.inspection import InspectedLayer, inspect, render, render_spectra
+from onnx_lowrank.inspection import InspectedLayer, inspect, render, render_spectra, unreached
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -115,7 +115,9 @@ def test_whitened_spectra_are_of_what_the_samples_make_of_a_layer(narrow: Path) 
     assert first.whitened is not None
     assert first.whitened.nuclear_norm == pytest.approx(sigma[:3].sum(), rel=0.05)
     assert first.whitened.stable_rank == pytest.approx(np.sum(sigma**2) / sigma[0] ** 2, rel=0.05)
-    assert [row.whitened for row in inspect(narrow, settings)] == [None, None]
+    plain = inspect(narrow, settings)
+    assert [row.whitened for row in plain] == [None, None]
+    assert (unreached([first, second]), unreached(plain)) == ([], [row.name for row in plain])
 
 
 @pytest.mark.parametrize("width", [100, 200])
