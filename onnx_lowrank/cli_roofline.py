@@ -58,7 +58,7 @@ def fit_(
         where, timed, silent = _timed(table, there.where)
         probed = {kind: known_block(where, table, kind) for kind in KINDS}
     errors = cross_validated(timed)
-    blocks: dict[Kind, int] = {kind: block or UNPROBED_BLOCK for kind, block in probed.items()}
+    blocks: dict[Kind, int] = {kind: probed[kind] or UNPROBED_BLOCK for kind in KINDS}
     made = replace(fit(timed, f"{where.label}, level {where.level}", blocks), origin=f"fitted to {errors}")
     if out is not None:
         io.write_text(out, made.to_json())

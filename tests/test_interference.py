@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from onnx_lowrank.latency.interference import Interference, Moment, matrix_products, pin
 from onnx_lowrank.latency.measure import Until, in_turns
+from onnx_lowrank.latency.turns import Now
 
 
 class Drawn:
@@ -20,7 +22,7 @@ class Drawn:
         self.level, self.noise, self.runs = level, noise, 0
         self._rng = np.random.default_rng(seed)
 
-    def seconds(self) -> float:
+    def seconds(self, now: Now = time.perf_counter) -> float:
         self.runs += 1
         return self.level * self._rng.lognormal(0, self.noise)
 
@@ -104,7 +106,7 @@ def test_disturbed_rounds_are_left_out() -> None:
 
         runs = 0
 
-        def seconds(self) -> float:
+        def seconds(self, now: Now = time.perf_counter) -> float:
             self.runs += 1
             return 3.0 if self.runs > 2 and (self.runs - 3) % 2 else 1.0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import sqlite3
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from onnx_lowrank.latency.circumstances import Circumstances
 from onnx_lowrank.latency.grid import channel_block, known_block
 from onnx_lowrank.latency.measure import Until, in_turns, steady_clock
 from onnx_lowrank.latency.table import CACHE_VARIABLE, LatencyTable, Record, cache_folder
-from onnx_lowrank.latency.turns import Clock, one_round
+from onnx_lowrank.latency.turns import Clock, Now, one_round
+from onnx_lowrank.latency.worker import OverSamples
 from onnx_lowrank.layer import Form, Geometry, Layer, LayerShape, Site
 from onnx_lowrank.runtime import open_session
 from onnx_lowrank.target import Target
@@ -34,7 +36,7 @@ class Scripted:
     def __init__(self, *seconds: float) -> None:
         self._seconds, self._next = seconds, 0
 
-    def seconds(self) -> float:
+    def seconds(self, now: Now = time.perf_counter) -> float:
         self._next += 1
         return self._seconds[(self._next - 1) % len(self._seconds)]
 
@@ -152,6 +154,13 @@ def test_a_model_is_as_fast_as_itself_by_definition():
     assert result.rounds >= 9
     assert result.ratios[0] == 1.0
     assert result.ci95[0] == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("clock", Clock)
+def test_shapes_count_by_their_weights_on_every_clock(clock: Clock) -> None:
+    weighted = OverSamples([(Scripted(1.0), 0.75), (Scripted(3.0), 0.25)])
+    found = in_turns([Scripted(1.0), weighted], Until(3, 60.0), clock)
+    assert found.timings[1].median_ms == pytest.approx(1500)
 
 
 def test_ratios_are_paired_within_rounds():

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_lowrank.latency.estimate import Interval, Ratio, median_interval, ratio_of
-from onnx_lowrank.latency.turns import Clock, Run, one_round, runs_per_sample, seconds, warm_up
+from onnx_lowrank.latency.turns import Clock, Run, one_round, runs_per_sample, warm_up
 from onnx_lowrank.target import Target
 
 # A measurement of which more than this share of the rounds was disturbed is called so.
@@ -138,7 +138,7 @@ def in_turns(runs: Sequence[Run], until: Until, clock: Clock = Clock.WALL, witne
     def sample(index: int) -> float:
         if index in resting:
             return math.nan
-        return sum(seconds(runs[index], clock) for _ in range(repeats[index])) / repeats[index]
+        return sum(runs[index].seconds(clock.now) for _ in range(repeats[index])) / repeats[index]
 
     while True:
         witness.begin()
@@ -160,7 +160,7 @@ def in_turns(runs: Sequence[Run], until: Until, clock: Clock = Clock.WALL, witne
 
 
 def _repeats(run: Run, clock: Clock, sample_s: float) -> int:
-    return 1 if sample_s == 0 else runs_per_sample(seconds(run, clock), sample_s)
+    return 1 if sample_s == 0 else runs_per_sample(run.seconds(clock.now), sample_s)
 
 
 def _trusted(rows: Sequence[Sequence[float]], seen: Sequence[bool], fewest: int) -> NDArray[np.float64]:

@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime as ort
 
 from onnx_lowrank.latency.machine import fingerprint
-from onnx_lowrank.latency.turns import clock_for
+from onnx_lowrank.latency.turns import Now, clock_for
 
 _DTYPES = {
     "tensor(float)": np.float32,
@@ -49,14 +49,14 @@ class Bound:
                 self._binding.bind_ortvalue_output(name, value)
                 self._without_room.remove(name)
 
-    def seconds(self) -> float:
-        """Run once; wall clock until the outputs are complete."""
+    def seconds(self, now: Now = time.perf_counter) -> float:
+        """Run once, until the outputs are complete."""
         for name in self._without_room:
             self._binding.bind_output(name, self._device)
-        start = time.perf_counter()
+        start = now()
         self._session.run_with_iobinding(self._binding)
         self._binding.synchronize_outputs()
-        return time.perf_counter() - start
+        return now() - start
 
 
 class Weighted:
@@ -65,9 +65,9 @@ class Weighted:
     def __init__(self, runs: Sequence[tuple[Bound, float]]) -> None:
         self._runs = runs
 
-    def seconds(self) -> float:
+    def seconds(self, now: Now = time.perf_counter) -> float:
         """The weighted sum."""
-        return sum(weight * run.seconds() for run, weight in self._runs)
+        return sum(weight * run.seconds(now) for run, weight in self._runs)
 
 
 class Target:

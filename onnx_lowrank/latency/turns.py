@@ -19,11 +19,14 @@ _SHORTEST_S = 0.001  # a sample shorter than this is the mean of several runs
 _MOST_RUNS = 20
 
 
+Now = Callable[[], float]
+
+
 class Run(Protocol):
     """Something that can be run again and again, such as a bound session."""
 
-    def seconds(self) -> float:
-        """Run once; wall clock."""
+    def seconds(self, now: Now = time.perf_counter) -> float:
+        """Run once; on the wall clock, or the one that `now` reads."""
         ...
 
 
@@ -32,6 +35,11 @@ class Clock(enum.Enum):
 
     WALL = "wall"
     CPU = "cpu"
+
+    @property
+    def now(self) -> Now:
+        """Reads the clock, in seconds."""
+        return time.perf_counter if self is Clock.WALL else time.thread_time
 
 
 def clock_for(provider: str, threads: int) -> Clock:
@@ -44,15 +52,6 @@ def one_round(runs: Sequence[R], measure: Callable[[R], float], *, backward: boo
     order = range(len(runs))
     taken = {index: measure(runs[index]) for index in (reversed(order) if backward else order)}
     return [taken[index] for index in order]
-
-
-def seconds(run: Run, clock: Clock) -> float:
-    """One run on the given clock."""
-    if clock is Clock.WALL:
-        return run.seconds()
-    start = time.thread_time()
-    run.seconds()
-    return time.thread_time() - start
 
 
 def warm_up(runs: Sequence[Run], budget_s: float) -> None:
@@ -72,10 +71,10 @@ def warm_up(runs: Sequence[Run], budget_s: float) -> None:
 def sample(runs: Sequence[Run], clock: Clock, rounds: int = _ROUNDS) -> NDArray[np.float64]:
     """Seconds, rounds x runs: all runs in turns, back and forth."""
     warm_up(runs, _WARM_UP_S * len(runs))
-    repeats = {id(run): runs_per_sample(seconds(run, clock)) for run in runs}
+    repeats = {id(run): runs_per_sample(run.seconds(clock.now)) for run in runs}
 
     def mean(run: Run) -> float:
-        return sum(seconds(run, clock) for _ in range(repeats[id(run)])) / repeats[id(run)]
+        return sum(run.seconds(clock.now) for _ in range(repeats[id(run)])) / repeats[id(run)]
 
     return np.array([one_round(runs, mean, backward=number % 2 == 1) for number in range(rounds)])
 

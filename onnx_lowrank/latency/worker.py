@@ -21,6 +21,7 @@ from onnx_lowrank.errors import LowRankError
 from onnx_lowrank.latency.interference import Interference, matrix_products, pin
 from onnx_lowrank.latency.measure import Clock, Run, in_turns
 from onnx_lowrank.latency.messages import Broken, Contest, Finished, Message, Subject, Working, receive, send
+from onnx_lowrank.latency.turns import Now
 from onnx_lowrank.runtime import open_session
 
 _BEAT_S = 1.0
@@ -32,9 +33,9 @@ class OverSamples:
 
     runs: Sequence[tuple[Run, float]]
 
-    def seconds(self) -> float:
+    def seconds(self, now: Now = time.perf_counter) -> float:
         """Weighted sum over the samples."""
-        return sum(weight * run.seconds() for run, weight in self.runs)
+        return sum(weight * run.seconds(now) for run, weight in self.runs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,10 +44,10 @@ class OpenedEachTime:
 
     subject: Subject
 
-    def seconds(self) -> float:
+    def seconds(self, now: Now = time.perf_counter) -> float:
         """Weighted sum over the samples, without opening and warming up."""
         session = open_session(self.subject.model, self.subject.target, self.subject.level)
-        return sum(weight * min(session.time(feeds, 3)) for feeds, weight in self.subject.samples)
+        return sum(weight * min(session.time(feeds, 3, now)) for feeds, weight in self.subject.samples)
 
 
 def opened(subject: Subject) -> Run:

@@ -227,7 +227,9 @@ class RememberedRaces(Racer):
 
 def model_key(sha256: str, samples: Sequence[Sample], *, as_float32: bool) -> str:
     """What is timed for a whole model, for latency tables: its content, and the shapes it runs on."""
-    what = repr(("model", sha256, as_float32, _shapes(samples)))
+    # Tables of before hold sums without weights of models over several shapes.
+    kind = "model" if len(samples) == 1 else "weighted model"
+    what = repr((kind, sha256, as_float32, _shapes(samples)))
     return hashlib.sha256(what.encode()).hexdigest()
 
 
