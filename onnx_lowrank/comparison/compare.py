@@ -91,7 +91,9 @@ def compare(
             wanted = {option for row in rows for option in worth_pricing(row, goals)}
             rows = price(rows, timer, advance, wanted.__contains__) if wanted else rows
         layers = compared_layers(rows, goals, timer, table, phases)
-        field = Field(source, ready, cache, rows, timer, table, scores, settings, folder, deadline)
+        with phases.phase("baseline"):
+            baseline = ready.racer.race([ready.original, ready.normalized])
+        field = Field(source, ready, cache, rows, timer, table, scores, settings, folder, deadline, baseline)
         networks = compared_networks(field, goals, models, phases)
     notes = (*ready.notes, *(() if table is None else _padding(table)))
     return Comparison(

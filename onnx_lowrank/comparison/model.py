@@ -1,4 +1,4 @@
-"""What a comparison of formats holds, field by field (schema 1): `Comparison.to_json` is what `compare --json` prints."""
+"""What a comparison of formats holds, field by field (schema 1): `to_json` is what `compare --json` prints."""
 
 from __future__ import annotations
 

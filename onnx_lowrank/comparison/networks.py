@@ -15,6 +15,7 @@ from onnx_lowrank.comparison.model import NetworkComparison, on_front
 from onnx_lowrank.errors import InvalidResultError
 from onnx_lowrank.goals import Goal, Speedup
 from onnx_lowrank.latency.chains import ChainTimer
+from onnx_lowrank.latency.measure import Paired
 from onnx_lowrank.metrics import Scores
 from onnx_lowrank.pipeline import publish
 from onnx_lowrank.progress import Phases
@@ -23,13 +24,12 @@ from onnx_lowrank.report.model import Report
 from onnx_lowrank.search.analysis import Ground, pursue
 from onnx_lowrank.search.calibrated import CalibratedTable
 from onnx_lowrank.search.factorizations import FactorizationCache
-from onnx_lowrank.search.matched import cost_of, of_formats, share_of
-from onnx_lowrank.search.prepare import Prepared
+from onnx_lowrank.search.matched import cost_of, of_formats
 from onnx_lowrank.search.prediction import size_problem
+from onnx_lowrank.search.prepare import Prepared
 from onnx_lowrank.search.pricing import priced_by_size
 from onnx_lowrank.search.rules import rule_for
 from onnx_lowrank.search.source import Source
-from onnx_lowrank.search.straight import Straight
 from onnx_lowrank.search.table import Row
 from onnx_lowrank.settings import Settings
 
@@ -52,6 +52,7 @@ class Field:
         settings: Options.
         folder: For trial models.
         deadline: `time.monotonic()` after which no further network is tried.
+        baseline: The original and the normalized model in turns.
     """
 
     source: Source
@@ -64,12 +65,13 @@ class Field:
     settings: Settings
     folder: Path
     deadline: float
+    baseline: Paired
 
     def ground(self, formats: Sequence[str], goal: Goal) -> Ground:
         """The table with these formats alone."""
         rows = of_formats(self.rows, formats, timed=isinstance(goal, Speedup))
         rule = rule_for(self.settings, rows, self.table, self.deadline)
-        return Ground(self.source, self.ready, self.cache, rows, self.timer, self.table, rule, self.rows)
+        return Ground(self.source, self.ready, self.cache, rows, self.timer, self.table, rule, self.rows, self.baseline)
 
 
 def compared_networks(
@@ -99,7 +101,7 @@ def teams_of(formats: Sequence[str]) -> Mapping[str, tuple[str, ...]]:
     """Name -> formats that are allowed together: each alone, the default ones among them, and all."""
     default = tuple(name for name in formats if name in default_decompositions())
     several = {"default": default, "all": tuple(formats)}
-    teams = {name: (name,) for name in formats}
+    teams: dict[str, tuple[str, ...]] = {name: (name,) for name in formats}
     for name, team in several.items():
         if len(team) > 1 and team not in teams.values():
             teams[name] = team
@@ -127,7 +129,7 @@ def _network(
     with tempfile.TemporaryDirectory(prefix="network-", dir=field.folder) as room:
         path = Path(room) / f"{goal.kind}-{goal.value:g}_{name}.onnx"
         try:
-            analysis = pursue(ground, settings, Path(room), phases, field.deadline, kind=Straight)
+            analysis = pursue(ground, settings, Path(room), phases, field.deadline, foretell=False)
             report = assemble(analysis, settings, path, phases, field.scores)
         except InvalidResultError as error:
             logger.warning("%s at %s: %s", name, goal, error)

@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from onnx_lowrank.comparison.model import Budget, Comparison, Contender, LayerComparison, NetworkComparison
+from onnx_lowrank.comparison.model import Comparison, Contender, LayerComparison, NetworkComparison
 
 NAMES_SHOWN = 3
 FRONT = "*"
+COLUMNS = ("format", "rank", "error", "params", "MACs", "time", "95 % interval", "")
 
 
 def render(found: Comparison, console: Console) -> None:
     """Print it."""
     for budget in found.budgets:
         console.print(f"Layers at {budget.words} of each", style="bold")
-        console.print(_layers(found.layers, str(budget)))
+        for part in _layers(found.layers, str(budget)):
+            console.print(part, highlight=False)
         for line in _missing(found.layers, str(budget)):
             console.print(line, highlight=False, soft_wrap=True)
         console.print()
@@ -38,21 +39,21 @@ def render(found: Comparison, console: Console) -> None:
         console.print(line, highlight=False, soft_wrap=True)
 
 
-def _layers(layers: Sequence[LayerComparison], budget: str) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("layer", overflow="fold")
-    table.add_column("ms", justify="right", no_wrap=True)
-    for name in ("format", "rank"):
-        table.add_column(name, no_wrap=True)
-    for name in ("error", "params", "MACs", "time", "95 % interval"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("")
-    for layer in layers:
-        mine = sorted(_within(layer, budget), key=lambda c: (c.error or 0.0, c.format))
-        for number, row in enumerate(mine):
-            head = ("", "") if number else (f"{escape(layer.name)} {layer.shape}", f"{layer.ms or 0:.3g}")
-            table.add_row(*head, *_cells(row, layer))
-    return table
+def _layers(layers: Sequence[LayerComparison], budget: str) -> Iterator[Text | Table]:
+    """A heading and a table per layer, all tables of the same widths: names of layers are long, screens are not."""
+    rows = {layer.name: sorted(_within(layer, budget), key=lambda c: (c.error or 0.0, c.format)) for layer in layers}
+    cells = {layer.name: [_cells(row, layer) for row in rows[layer.name]] for layer in layers}
+    every = [[str(cell) for cell in row] for mine in cells.values() for row in mine]
+    widths = [max(map(len, column)) for column in zip(COLUMNS, *every, strict=True)]
+    for layer in (layer for layer in layers if rows[layer.name]):
+        own = "" if layer.ms is None else f", {layer.ms:.3g} ms"
+        yield Text(f"{layer.name}  {layer.op} {layer.shape}{own}, error of its {layer.metric}")
+        table = Table(box=None, header_style="dim", pad_edge=False)
+        for number, (name, width) in enumerate(zip(COLUMNS, widths, strict=True)):
+            table.add_column(name, justify="left" if number < 2 else "right", min_width=width, no_wrap=True)
+        for row in cells[layer.name]:
+            table.add_row(*row)
+        yield table
 
 
 def _within(layer: LayerComparison, budget: str) -> list[Contender]:
@@ -133,10 +134,9 @@ def _closing(found: Comparison) -> Iterator[Text]:
     for row in mixed:
         used = ", ".join(f"{name} {count}" for name, count in sorted(row.used.items(), key=lambda item: -item[1]))
         yield Text(f"{row.name} at {row.budget} chose {used}")
-    metrics = sorted({layer.metric for layer in found.layers})
     yield Text(
-        f"{FRONT}: nothing compared has as little error in less time. Errors of layers are of their "
-        f"{' or '.join(metrics)}, before any refit; times of layers are of chains alone"
+        f"{FRONT}: nothing compared has as little error in less time. Layers: chains alone, timed in turns with their "
+        "layer, before any refit"
     )
     yield Text(
         f"{found.data}; {found.environment['cpu']}, {found.target['threads']} thread(s), "

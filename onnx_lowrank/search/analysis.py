@@ -14,8 +14,9 @@ from onnx_lowrank.allocators import Allocator
 from onnx_lowrank.calibration.walk import CannotCutError
 from onnx_lowrank.candidates import Candidate
 from onnx_lowrank.errors import InputError
-from onnx_lowrank.goals import MaxDrop
+from onnx_lowrank.goals import KeepMacs, KeepParams, MaxDrop
 from onnx_lowrank.latency.chains import Pricer
+from onnx_lowrank.latency.measure import Paired
 from onnx_lowrank.plan import CALIBRATED, DATA_FREE, REFIT, Choice, PassSpec, Plan
 from onnx_lowrank.progress import Phases
 from onnx_lowrank.runtime import versions
@@ -31,6 +32,7 @@ from onnx_lowrank.search.prediction import Prediction
 from onnx_lowrank.search.prepare import Prepared, prepare
 from onnx_lowrank.search.pricing import candidates, totals
 from onnx_lowrank.search.source import Source
+from onnx_lowrank.search.straight import Straight
 from onnx_lowrank.search.table import Row
 from onnx_lowrank.settings import Settings
 from onnx_lowrank.validation import compare
@@ -53,6 +55,7 @@ class Ground:
         table: What was learnt from samples; None without.
         allocator: The rank rule.
         among: The table whose factorable layers a goal of size may be a share of; None: `rows`.
+        baseline: The original and the normalized model in turns, where they were timed already.
     """
 
     source: Source
@@ -63,6 +66,7 @@ class Ground:
     table: CalibratedTable | None
     allocator: Allocator
     among: Sequence[Row] | None = None
+    baseline: Paired | None = None
 
     def totals(self, settings: Settings) -> tuple[float, float]:
         """For goals of size: what the goal is a share of, and what of it the factorable layers hold."""
@@ -141,7 +145,7 @@ def pursue(
     *,
     there: Device | None = None,
     drop: Callable[[Path], float] | None = None,
-    kind: type[Loop] = Loop,
+    foretell: bool = True,
 ) -> Analysis:
     """Choose from a table, realise, time, and choose again.
 
@@ -153,7 +157,7 @@ def pursue(
         deadline: `time.monotonic()` at which searching should end.
         there: The device that counts instead of this machine.
         drop: How much the task metric of a model falls, for a goal that limits it.
-        kind: The loop that runs here.
+        foretell: Foretell the latency of what a goal of size chooses, too, by timing a model much like it.
     """
     source, ready, timer, table = ground.source, ground.ready, ground.timer, ground.table
     # Never by samples that are reported on: too few to divide are only reported on.
@@ -174,13 +178,20 @@ def pursue(
 
     with phases.phase("search"):
         # In turns with the original, as the finished model will be timed; a race of one would end after a moment.
-        baseline = ready.racer.race([ready.original, ready.normalized])
+        baseline = ground.baseline or ready.racer.race([ready.original, ready.normalized])
         if there is None:
             both = [(ready.original, f"original {source.path.name}"), (ready.normalized, "normalized")]
             remember_models(ready.racer, both, baseline)
-        prediction = _prediction(ground.rows, baseline.timings[1].median_ms, ready, timer)
+        normalized_ms, by_size = baseline.timings[1].median_ms, isinstance(settings.goal, KeepMacs | KeepParams)
+        prediction = Prediction(ground.rows, normalized_ms)
+        if foretell or not by_size:
+            prediction = _prediction(ground.rows, normalized_ms, ready, timer)
         parts = (bench, prediction, baseline, ground.allocator, ready.original, ready.normalized, plan_of, error_of)
-        loop = Foresight(*parts, planned_for=there.label, source=timer.source) if there else kind(*parts)
+        loop = (
+            Foresight(*parts, planned_for=there.label, source=timer.source)
+            if there
+            else (Loop if foretell else Straight)(*parts)
+        )
         outcome = loop.run(settings.goal, *ground.totals(settings))
     return Analysis(source, ready, ground.rows, bench, timer, outcome)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Self
 
 from onnx_lowrank.candidates import Candidate, Cost, Grid, front
@@ -76,8 +77,8 @@ class MatchedGrid(Grid):
         """The fronts of each format by every kind of cost: no format is dropped because another is better."""
         kept: dict[Candidate, None] = {}
         for mine in by_method(options):
-            for cost in (lambda c: c.macs, lambda c: c.params, lambda c: c.padded_macs):
-                kept |= dict.fromkeys(front(mine, cost))
+            for cost in ("macs", "params", "padded_macs"):
+                kept |= dict.fromkeys(front(mine, attrgetter(cost)))
         return list(kept)
 
     def _ranks(self, method: Decomposition, shape: LayerShape, goal: Goal) -> Sequence[Rank]:
@@ -117,7 +118,7 @@ def worth_pricing(row: Row, goals: Iterable[Goal]) -> set[Candidate]:
         marks = [limit * row.keep.macs for times, _ in AROUND if (limit := times * share_of(goal)) < 1]
         for mine in by_method(row.options[1:]):
             best = front(mine)
-            found |= {min(best, key=lambda c: abs(math.log(c.padded_macs / mark))) for mark in marks}  # noqa: B023 - used at once
+            found |= {_nearest(best, mark) for mark in marks}
     return found
 
 
@@ -142,6 +143,10 @@ def by_method(options: Iterable[Candidate]) -> list[list[Candidate]]:
     for option in options:
         found.setdefault(option.method, []).append(option)
     return list(found.values())
+
+
+def _nearest(options: Sequence[Candidate], mark: float) -> Candidate:
+    return min(options, key=lambda option: abs(math.log(option.padded_macs / mark)))
 
 
 def _size(chain: Chain, layer: Layer, cost: Cost) -> float:
