@@ -1,4 +1,4 @@
-"""`onnx-lowrank optimize` as a benchmark runs it: in a process of its own, its report read back."""
+"""`onnx-lowrank optimize` and `compare` as benchmarks run them: in a process of its own, what it found read back."""
 
 from __future__ import annotations
 
@@ -103,6 +103,42 @@ def optimize(model: Path, out: Path, options: Sequence[str], environment: Mappin
     written = done.returncode in {DONE, MISSED} and out.is_file()
     report = json.loads(file.read_text("utf-8")) if written else {}
     return Run(out, done.returncode, seconds, "" if written else (said or ["no output"])[-1], report)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One run of `compare`.
+
+    Attributes:
+        seconds: Wall time of the process.
+        error: Why there is no result; empty where there is one.
+        found: The JSON it printed; empty where there is none.
+    """
+
+    seconds: float
+    error: str
+    found: Mapping[str, Any]
+
+
+def compare(model: Path, models: Path, options: Sequence[str], limit_s: float) -> Compared:
+    """Compare the formats of a model.
+
+    Args:
+        model: The original.
+        models: Folder that receives the networks.
+        options: All further words.
+        limit_s: The process is ended after so many seconds.
+    """
+    command = [sys.executable, "-m", "onnx_lowrank", "compare", str(model), "--models", str(models), "--json"]
+    started = time.perf_counter()
+    try:
+        done = subprocess.run([*command, *options], capture_output=True, text=True, check=False, timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        return Compared(round(time.perf_counter() - started, 1), f"no result within {limit_s:.0f} s", {})
+    seconds, said = round(time.perf_counter() - started, 1), done.stderr.strip().splitlines()
+    if done.returncode != DONE:
+        return Compared(seconds, (said or ["no output"])[-1], {})
+    return Compared(seconds, "", json.loads(done.stdout))
 
 
 def span(interval: Sequence[float], places: int = 3) -> str:

@@ -153,6 +153,18 @@ class Grid:
     block: int = 1
     per_method: int = 12
 
+    def ranks(self, method: Decomposition, shape: LayerShape) -> Sequence[Rank]:
+        """The ranks of a method that are looked at."""
+        return method.ranks(shape, self.step)
+
+    def fitted(self, layer: Layer, method: Decomposition, ranks: Sequence[Rank]) -> Sequence[Rank]:  # noqa: ARG002 - for grids that know which ranks are wanted
+        """Which of them are, where every rank is a fit of its own."""
+        return ranks
+
+    def worth_timing(self, options: Sequence[Candidate]) -> list[Candidate]:
+        """The candidates that may be the best choice at some budget."""
+        return worth_timing(options, self.per_method)
+
     @staticmethod
     def of_machine(block: int) -> Grid:
         """Ranks that fill the machine's channel blocks: one in between costs as much as the next multiple."""
@@ -185,10 +197,15 @@ def candidate(layer: Layer, method: Decomposition, factorization: Factorization,
     )
 
 
-def front(options: Sequence[Candidate]) -> list[Candidate]:
-    """Candidates that no other beats on both error and padded MACs, cheapest first."""
+def padded_macs(option: Candidate) -> float:
+    """What stands in for latency where nothing was timed."""
+    return option.padded_macs
+
+
+def front(options: Sequence[Candidate], cost: Callable[[Candidate], float] = padded_macs) -> list[Candidate]:
+    """Candidates that no other beats on both error and cost, cheapest first."""
     best: list[Candidate] = []
-    for option in sorted(options, key=lambda c: (c.padded_macs, c.error, c.method, c.rank)):
+    for option in sorted(options, key=lambda c: (cost(c), c.error, c.method, c.rank)):
         if not best or option.error < best[-1].error:
             best.append(option)
     return best

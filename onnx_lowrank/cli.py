@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 
-from onnx_lowrank import cli_latency, cli_roofline, inspection, pipeline
+from onnx_lowrank import cli_compare, cli_latency, cli_roofline, inspection, pipeline
 from onnx_lowrank.catalogue import catalogue
 from onnx_lowrank.cli_options import (
     AllocatorOption,
@@ -90,6 +90,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(cli_latency.app, name="latency")
+app.command()(cli_compare.compare)
 INTERRUPTED = 130
 GOAL_MISSED = GoalNotReachedError.exit_code
 # Usage errors of typer's parser; the class has moved between its versions, its subclass has not.

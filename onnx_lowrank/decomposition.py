@@ -16,7 +16,12 @@ class Factorization(ABC):
     """A weight decomposed once: errors and factors of every rank are then cheap.
 
     Errors are in the metric the weight was decomposed in: Frobenius, or the output error if it was calibrated.
+
+    Attributes:
+        by_rank: Whether every rank is a fit of its own, made when it is first asked for: asking has a price then.
     """
+
+    by_rank: ClassVar[bool] = False
 
     @abstractmethod
     def error(self, rank: Rank) -> float:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from typing_extensions import override
 
+from benchmarks import formats
 from benchmarks.accuracy import samples
 from benchmarks.accuracy.experiment import Case, record
 from benchmarks.accuracy.sweeps import Sweep, fashion
@@ -225,3 +226,38 @@ def test_a_case_that_fails_keeps_what_was_recorded(zoo: Path, tmp_path: Path) ->
     case = Case(TINY, "data_free", ("--keep-macs", "2"))
     assert record("tiny", [case], ("error",), None, tmp_path) == 1
     assert results.recorded("tiny", tmp_path) == [old]
+
+
+def test_formats_are_compared_default_ones_together_and_what_is_recorded_is_skipped(
+    zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = list(formats.cases(["embedded"], ("cp", "svd", "tucker2"), ("--threads", "1"), together=True))
+    assert [(case.formats, case.rows) for case in found] == [
+        (("svd", "tucker2"), ("svd", "tucker2", "default")),
+        (("cp",), ("cp",)),
+        (("cp", "svd", "tucker2"), ("cp", "svd", "tucker2", "all")),
+    ]
+    case = formats.Case(TINY, ("svd",), "svd", ("--threads", "1"))
+    assert case.arguments(Path("zoo/model.onnx")) == [
+        *("--shape", "x=1x32x8x8", "--calibration", "zoo/calibration.npz", "--passes", "svd", "--threads", "1")
+    ]
+    formats.run(case, 0.01, folder=tmp_path)
+    rows = results.recorded("formats", tmp_path)
+    assert [(row["goal"], row["reached"], row["reason"]) for row in rows] == [
+        (goal, False, "no result within 0 s") for goal in formats.GOALS
+    ]
+    formats.run(case, 0.01, folder=tmp_path)
+    assert capsys.readouterr().out == "tiny svd: no result within 0 s\n"
+
+
+@pytest.mark.slow
+def test_a_comparison_through_the_command_line(zoo: Path, tmp_path: Path) -> None:
+    words = ("--threads", "1", "--keep-macs", "0.5", "--speedup", "2")
+    formats.run(formats.Case(TINY, ("svd",), "svd", words), 600, folder=tmp_path)
+    half, _ = results.recorded("formats", tmp_path)
+    assert (half["model"], half["formats"], half["goal"], half["reached"]) == ("tiny", "svd", "keep-macs 0.5", True)
+    assert half["macs_kept"] <= 0.5
+    assert half["parity_samples"] == 10
+    rows = results.recorded("formats_layers", tmp_path)
+    assert {row["layer"] for row in rows} == {"conv"}
+    assert str(tmp_path) not in (tmp_path / "formats.json").read_text()

@@ -77,7 +77,7 @@ def measure(case: Case, runs: Path | None = None) -> dict[str, Scalar]:
         run = command.optimize(original, folder / "out.onnx", case.arguments(original))
         row |= {"options": " ".join(case.options), **run.figures()}
         if run.written:
-            row |= _task(case.model, run.out) | _told(run)
+            row |= task(case.model, run.out) | _told(run)
     return row | run.costs()
 
 
@@ -102,7 +102,7 @@ def record(
     return int(any("error" in row for row in rows))
 
 
-def _task(model: ZooModel, candidate: Path) -> dict[str, Scalar]:
+def task(model: ZooModel, candidate: Path) -> dict[str, Scalar]:
     """The task metrics, measured here on the whole of the evaluation data, and how far the outputs are."""
     found = evaluate(model, default_cache(), candidate)
     row: dict[str, Scalar] = {}

@@ -20,6 +20,7 @@ from onnx import TensorProto, helper
 from onnx_lowrank.chain import Chain
 from onnx_lowrank.latency.child import Child, MeasuringError, shared
 from onnx_lowrank.latency.circumstances import Circumstances
+from onnx_lowrank.latency.estimate import Interval
 from onnx_lowrank.latency.measure import DISTURBED_SHARE, Until, steady_clock
 from onnx_lowrank.latency.messages import Contest, Finished, Subject
 from onnx_lowrank.latency.table import LatencyTable, Record
@@ -63,6 +64,21 @@ class _Piece:
     key: str
     job: Job
     site: Site
+
+
+@dataclass(frozen=True)
+class Share:
+    """Latency of a chain, beside its layer.
+
+    Args:
+        layer_ms: Of the layer alone, per run of the model.
+        of_layer: Of the chain, as a share of it: median of neighbouring runs.
+        ci95: 95 % interval of the share.
+    """
+
+    layer_ms: float
+    of_layer: float
+    ci95: Interval
 
 
 class Pricer(Protocol):
@@ -141,6 +157,32 @@ class ChainTimer:
             if progress is not None:
                 progress(len(known), len(unique))
         return [total([(piece.site.count, known[piece.key]) for piece in row]) for row in pieces]
+
+    def shares(self, jobs: Sequence[Job], progress: Progress | None = None) -> list[Share | None]:
+        """Latency of each chain as a share of its layer's, timed now: what was in the table does not count.
+
+        Where a layer is applied at several sites the bounds of the sum are the sums of the bounds.
+
+        Args:
+            jobs: In any order.
+            progress: Called with (pieces done, pieces in all) after every batch.
+
+        Returns:
+            One per job; None for a chain that could not be timed.
+        """
+        pieces = [[self._piece(job, site) for site in job.layer.sites] for job in jobs]
+        unique = {piece.key: piece for row in pieces for piece in row}
+        found: dict[str, Share] = {}
+        for batch in self._batches(list(unique.values())):
+            timed = self._measured(batch, replace(_UNTIL, budget_s=_BUDGET_S * len(batch)))
+            if timed.paired is not None:
+                kept = [piece for index, piece in enumerate(batch) if index not in timed.refused]
+                own_ms = timed.paired.timings[0].median_ms
+                for piece, ratio, (low, high) in zip(kept, timed.paired.ratios, timed.paired.ci95, strict=True):
+                    found[piece.key] = Share(own_ms, 1 / ratio, (1 / high, 1 / low))
+            if progress is not None:
+                progress(len(found), len(unique))
+        return [_summed([(piece.site.count, found.get(piece.key)) for piece in row]) for row in pieces]
 
     def drift(self, layers: Sequence[Layer], model: Subject, model_ms: float, budget_s: float) -> float:
         """Latency of layers now over that in the table: by the costliest few, in turns with the model they are from.
@@ -237,6 +279,19 @@ def total(parts: Sequence[tuple[float, float | None]]) -> float | None:
     """Counts times prices, or None where a price is missing."""
     prices = [count * ms for count, ms in parts if ms is not None]
     return sum(prices) if len(prices) == len(parts) else None
+
+
+def _summed(parts: Sequence[tuple[float, Share | None]]) -> Share | None:
+    """The share of all sites together, or None where one is missing."""
+    known = [(count * share.layer_ms, share) for count, share in parts if share is not None]
+    if len(known) < len(parts) or not known:
+        return None
+    whole = sum(ms for ms, _ in known)
+    value, low, high = (
+        sum(ms * bound for (ms, _), bound in zip(known, bounds, strict=True)) / whole
+        for bounds in zip(*((share.of_layer, *share.ci95) for _, share in known), strict=True)
+    )
+    return Share(whole, value, (low, high))
 
 
 def _weight_bytes(piece: _Piece) -> int:

@@ -13,7 +13,7 @@ from onnx_lowrank.graph import io
 from onnx_lowrank.graph.keys import keyed_nodes
 from onnx_lowrank.graph.size import file_bytes, parameters
 from onnx_lowrank.latency.environment import environment
-from onnx_lowrank.metrics import estimate, paired_difference
+from onnx_lowrank.metrics import Scores, estimate, paired_difference
 from onnx_lowrank.progress import Phases
 from onnx_lowrank.report.build import layer_rows
 from onnx_lowrank.report.model import Accuracy, Dropped, GoalRow, Latency, Loss, Report, Size
@@ -31,8 +31,17 @@ WORTH_IT = 1.1
 DISTURBED_PRICES = 0.1
 
 
-def assemble(analysis: Analysis, settings: Settings, path: Path, phases: Phases) -> Report:
+def assemble(
+    analysis: Analysis, settings: Settings, path: Path, phases: Phases, scores: Scores | None = None
+) -> Report:
     """Write the best model found to `path`, check it, and measure everything the report says from that file.
+
+    Args:
+        analysis: What was found.
+        settings: Options.
+        path: Receives the model.
+        phases: Timed and shown.
+        scores: The original's on the labelled samples, where they are known already.
 
     Raises:
         InvalidResultError: if the checker refuses the file, its signature changed, it gives NaN where the original does
@@ -53,7 +62,7 @@ def assemble(analysis: Analysis, settings: Settings, path: Path, phases: Phases)
         latency = _latency(analysis, path)
     with phases.phase("evaluate"):
         native = not analysis.bench.racer.as_float32
-        accuracy = _accuracy(source, path, settings) if native else None
+        accuracy = _accuracy(source, path, settings, scores) if native else None
     with phases.phase("count"):
         size = _size(analysis, path)
         remarks = _remarks(analysis, path, found, latency)
@@ -131,11 +140,11 @@ def _latency(analysis: Analysis, path: Path) -> Latency:
     )
 
 
-def _accuracy(source: Source, path: Path, settings: Settings) -> Accuracy | None:
+def _accuracy(source: Source, path: Path, settings: Settings, scores: Scores | None) -> Accuracy | None:
     given = source.reporting if isinstance(settings.goal, MaxDrop) else source.labelled
     if given is None:
         return None
-    before = evaluate(source.path, given, settings.metric, settings.target)
+    before = evaluate(source.path, given, settings.metric, settings.target) if scores is None else scores
     after = evaluate(path, given, settings.metric, settings.target)
     old, new = estimate(before, settings.seed), estimate(after, settings.seed)
     change = paired_difference(before, after, settings.seed)

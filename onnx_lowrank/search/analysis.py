@@ -10,16 +10,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from onnx_lowrank.accuracy import evaluate
+from onnx_lowrank.allocators import Allocator
 from onnx_lowrank.calibration.walk import CannotCutError
 from onnx_lowrank.candidates import Candidate
 from onnx_lowrank.errors import InputError
-from onnx_lowrank.goals import MaxDrop
+from onnx_lowrank.goals import KeepMacs, KeepParams, MaxDrop
 from onnx_lowrank.latency.chains import Pricer
+from onnx_lowrank.latency.measure import Paired
 from onnx_lowrank.plan import CALIBRATED, DATA_FREE, REFIT, Choice, PassSpec, Plan
 from onnx_lowrank.progress import Phases
 from onnx_lowrank.runtime import versions
 from onnx_lowrank.search.attempt import Attempt, Outcome
 from onnx_lowrank.search.bench import Bench
+from onnx_lowrank.search.calibrated import CalibratedTable
 from onnx_lowrank.search.device import Device
 from onnx_lowrank.search.elsewhere import remember_models
 from onnx_lowrank.search.factorizations import FactorizationCache
@@ -29,6 +32,7 @@ from onnx_lowrank.search.prediction import Prediction
 from onnx_lowrank.search.prepare import Prepared, prepare
 from onnx_lowrank.search.pricing import candidates, totals
 from onnx_lowrank.search.source import Source
+from onnx_lowrank.search.straight import Straight
 from onnx_lowrank.search.table import Row
 from onnx_lowrank.settings import Settings
 from onnx_lowrank.validation import compare
@@ -36,6 +40,37 @@ from onnx_lowrank.validation import compare
 logger = logging.getLogger(__name__)
 DRIFT_S = 6.0
 REPORT_SEED = 1000  # added to the seed of synthetic inputs that figures are reported on
+
+
+@dataclass(frozen=True, eq=False)
+class Ground:
+    """What is known before a goal is pursued.
+
+    Args:
+        source: The user's model and data.
+        ready: Its layers and how to time it.
+        cache: Factorizations made so far.
+        rows: The candidate table, priced as far as the goal needs it.
+        timer: Prices chains.
+        table: What was learnt from samples; None without.
+        allocator: The rank rule.
+        among: The table whose factorable layers a goal of size may be a share of; None: `rows`.
+        baseline: The original and the normalized model in turns, where they were timed already.
+    """
+
+    source: Source
+    ready: Prepared
+    cache: FactorizationCache
+    rows: Sequence[Row]
+    timer: Pricer
+    table: CalibratedTable | None
+    allocator: Allocator
+    among: Sequence[Row] | None = None
+    baseline: Paired | None = None
+
+    def totals(self, settings: Settings) -> tuple[float, float]:
+        """For goals of size: what the goal is a share of, and what of it the factorable layers hold."""
+        return totals(settings, self.ready.survey, self.rows, self.source.graph, self.among)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,19 +117,52 @@ def analyse(source: Source, settings: Settings, folder: Path, phases: Phases, th
         LowRankError: as its parts do.
     """
     drop = _drop_of(source, settings) if isinstance(settings.goal, MaxDrop) else None
-    # Never by samples that are reported on: too few to divide are only reported on.
-    judge = None if source.samples is None else source.samples.judge
     deadline = math.inf if settings.time_limit is None else time.monotonic() + settings.time_limit
     ready = prepare(source, settings, folder, phases, there)
-    found = ready.survey
     cache = FactorizationCache(settings.memory_limit, folder)
     try:
         rows, timer, table, allocator = candidates(source, ready, settings, cache, phases, there, deadline)
     except CannotCutError as error:
-        ready = replace(ready, notes=(*ready.notes, f"no calibration: {error} would have to be carried along"))
-        source, cache = replace(source, samples=None), FactorizationCache(settings.memory_limit, folder)
+        source, ready = without_samples(source, ready, error)
+        cache = FactorizationCache(settings.memory_limit, folder)
         rows, timer, table, allocator = candidates(source, ready, settings, cache, phases, there, deadline)
-    bench = Bench(source.path, source.graph, ready.methods, cache, ready.racer, folder, deadline, table, phases)
+    ground = Ground(source, ready, cache, rows, timer, table, allocator)
+    return pursue(ground, settings, folder, phases, deadline, there=there, drop=drop)
+
+
+def without_samples(source: Source, ready: Prepared, error: CannotCutError) -> tuple[Source, Prepared]:
+    """What a model that cannot be walked through has to do with."""
+    note = f"no calibration: {error} would have to be carried along"
+    return replace(source, samples=None), replace(ready, notes=(*ready.notes, note))
+
+
+def pursue(
+    ground: Ground,
+    settings: Settings,
+    folder: Path,
+    phases: Phases,
+    deadline: float = math.inf,
+    *,
+    there: Device | None = None,
+    drop: Callable[[Path], float] | None = None,
+    foretell: bool = True,
+) -> Analysis:
+    """Choose from a table, realise, time, and choose again.
+
+    Args:
+        ground: The table and what it was made from.
+        settings: Options.
+        folder: For trial models.
+        phases: Timed and shown.
+        deadline: `time.monotonic()` at which searching should end.
+        there: The device that counts instead of this machine.
+        drop: How much the task metric of a model falls, for a goal that limits it.
+        foretell: Foretell the latency of what a goal of size chooses, too, by timing a model much like it.
+    """
+    source, ready, timer, table = ground.source, ground.ready, ground.timer, ground.table
+    # Never by samples that are reported on: too few to divide are only reported on.
+    judge = None if source.samples is None else source.samples.judge
+    bench = Bench(source.path, source.graph, ready.methods, ground.cache, ready.racer, folder, deadline, table, phases)
     fit = DATA_FREE if table is None else REFIT if settings.refit else CALIBRATED
 
     def plan_of(chosen: Sequence[Candidate]) -> Plan:
@@ -110,15 +178,22 @@ def analyse(source: Source, settings: Settings, folder: Path, phases: Phases, th
 
     with phases.phase("search"):
         # In turns with the original, as the finished model will be timed; a race of one would end after a moment.
-        baseline = ready.racer.race([ready.original, ready.normalized])
+        baseline = ground.baseline or ready.racer.race([ready.original, ready.normalized])
         if there is None:
             both = [(ready.original, f"original {source.path.name}"), (ready.normalized, "normalized")]
             remember_models(ready.racer, both, baseline)
-        prediction = _prediction(rows, baseline.timings[1].median_ms, ready, timer)
-        parts = (bench, prediction, baseline, allocator, ready.original, ready.normalized, plan_of, error_of)
-        loop = Foresight(*parts, planned_for=there.label, source=timer.source) if there else Loop(*parts)
-        outcome = loop.run(settings.goal, *totals(settings, found, rows, source.graph))
-    return Analysis(source, ready, rows, bench, timer, outcome)
+        normalized_ms, by_size = baseline.timings[1].median_ms, isinstance(settings.goal, KeepMacs | KeepParams)
+        prediction = Prediction(ground.rows, normalized_ms)
+        if foretell or not by_size:
+            prediction = _prediction(ground.rows, normalized_ms, ready, timer)
+        parts = (bench, prediction, baseline, ground.allocator, ready.original, ready.normalized, plan_of, error_of)
+        loop = (
+            Foresight(*parts, planned_for=there.label, source=timer.source)
+            if there
+            else (Loop if foretell else Straight)(*parts)
+        )
+        outcome = loop.run(settings.goal, *ground.totals(settings))
+    return Analysis(source, ready, ground.rows, bench, timer, outcome)
 
 
 def _prediction(rows: Sequence[Row], normalized_ms: float, ready: Prepared, timer: Pricer) -> Prediction:

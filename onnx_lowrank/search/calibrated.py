@@ -100,7 +100,8 @@ class CalibratedTable:
                 with self.phases.phase("moments"):
                     probes.front.advance(self.graph, path.fronts[number])
                     moments = inputs.at(number, probes.front, probes.fitting)
-                with self.phases.phase("decompose"):
+                with self.phases.phase("decompose") as advance:
+                    advance(number, len(path.cuts))
                     gram = moments.shrunk(centred=self.stops[cut.key].centred)
                     made[layer.key] = self._row(layer, gram)
                     self.energies[layer.key] = output_energy(layer.read(), gram)

@@ -12,14 +12,14 @@ from pathlib import Path
 
 from onnx_lowrank.allocators import Allocator
 from onnx_lowrank.calibration.samples import Samples, suited
-from onnx_lowrank.candidates import Grid
+from onnx_lowrank.candidates import Cost, Grid
 from onnx_lowrank.goals import KeepMacs, KeepParams
 from onnx_lowrank.graph.model import Graph
 from onnx_lowrank.graph.size import parameters
 from onnx_lowrank.latency.chains import ChainTimer, Pricer
 from onnx_lowrank.latency.grid import KINDS, Kind, channel_block
 from onnx_lowrank.latency.table import LatencyTable
-from onnx_lowrank.layer import Layer
+from onnx_lowrank.layer import Layer, LayerShape
 from onnx_lowrank.progress import Phases
 from onnx_lowrank.runtime import versions
 from onnx_lowrank.search.calibrated import PROBE_VERSION, CalibratedTable, Calibration
@@ -58,16 +58,37 @@ def candidates(
     by_size = isinstance(settings.goal, KeepMacs | KeepParams)
     with phases.phase("channel grid"):
         block_of = there.block if there else partial(channel_block, settings.target, table)
-        grid_of = _grid(found, block_of, by_size=by_size)
+        grid_of = grids(found, block_of, Grid.of_size if by_size else lambda _, block: Grid.of_machine(block))
     rows, calibrated = decomposed(source, ready, settings, cache, phases, table, grid_of)
     level = ready.normalized.level
     rule = rule_for(settings, rows, calibrated, deadline)
     timer = there.pricer(level) if there else ChainTimer(settings.target, table, level)
-    with phases.phase("search"):
-        wanted = _of_size(rows, settings, found, source.graph, rule) if by_size else None
-    with phases.phase("time chains") as advance:
-        rows = price(rows, timer, advance, lambda o: wanted is None or (o.key, o.method, o.rank) in wanted)
+    if by_size:
+        rows = priced_by_size(rows, settings, rule, timer, totals(settings, found, rows, source.graph), phases)
+    else:
+        with phases.phase("time chains") as advance:
+            rows = price(rows, timer, advance)
     return rows, timer, calibrated, rule
+
+
+def priced_by_size(
+    rows: Sequence[Row], settings: Settings, rule: Allocator, timer: Pricer, sizes: tuple[float, float], phases: Phases
+) -> list[Row]:
+    """The table with latencies of what a goal of size chooses, and of its neighbour: time plays no part in it.
+
+    Args:
+        rows: The table.
+        settings: With a goal of size.
+        rule: The rank rule.
+        timer: Prices chains.
+        sizes: What `totals` says.
+        phases: Timed and shown.
+    """
+    with phases.phase("search"):
+        problems = [size_problem(rows, settings.goal, *sizes, times) for times in (1.0, NEIGHBOUR)]
+        wanted = {(o.key, o.method, o.rank) for problem in problems for o in rule(problem)}
+    with phases.phase("time chains") as advance:
+        return price(rows, timer, advance, lambda o: (o.key, o.method, o.rank) in wanted)
 
 
 def decomposed(
@@ -95,25 +116,15 @@ def kind_of(layer: Layer) -> Kind:
     return "conv" if layer.form.op == "Conv" else "matmul"
 
 
-def _grid(found: Survey, block_of: Callable[[Kind], int], *, by_size: bool) -> GridOf:
+def grids(found: Survey, block_of: Callable[[Kind], int], made: Callable[[LayerShape, int], Grid]) -> GridOf:
     """Ranks worth a look, from the channel blocks of the target, probed for the operators there are."""
     kinds = {kind_of(layer) for layer in found.layers}
     blocks = {kind: block_of(kind) for kind in KINDS if kind in kinds}
 
     def grid_of(layer: Layer) -> Grid:
-        block = blocks[kind_of(layer)]
-        return Grid.of_size(layer.shape, block) if by_size else Grid.of_machine(block)
+        return made(layer.shape, blocks[kind_of(layer)])
 
     return grid_of
-
-
-def _of_size(
-    rows: Sequence[Row], settings: Settings, found: Survey, graph: Graph, rule: Allocator
-) -> set[tuple[str, str, tuple[int, ...]]]:
-    """What a goal of size chooses, and its neighbour: time plays no part in it, so nothing else is timed."""
-    sizes = totals(settings, found, rows, graph)
-    problems = [size_problem(rows, settings.goal, *sizes, times) for times in (1.0, NEIGHBOUR)]
-    return {(o.key, o.method, o.rank) for problem in problems for o in rule(problem)}
 
 
 def _calibration(
@@ -129,14 +140,30 @@ def _calibration(
     return Calibration(samples, target, folder, memory, json.dumps(seen, default=str))
 
 
-def totals(settings: Settings, found: Survey, rows: Sequence[Row], graph: Graph) -> tuple[float, float]:
-    """For goals of size: what the goal is a share of, and what of it the factorable layers hold."""
-    factorable = [row.layer for row in rows if row.factorable]
+def totals(
+    settings: Settings, found: Survey, rows: Sequence[Row], graph: Graph, among: Sequence[Row] | None = None
+) -> tuple[float, float]:
+    """For goals of size: what the goal is a share of, and what of it the factorable layers hold.
+
+    Args:
+        settings: The goal, and whether it is a share of all.
+        found: The model.
+        rows: The table.
+        graph: Of the model.
+        among: The table whose factorable layers the goal is a share of, where `rows` holds fewer methods.
+    """
     match settings.goal:
         case KeepMacs():
-            inside, whole = sum(layer.macs for layer in factorable), found.macs
+            inside, whole = _held(rows, "macs"), found.macs
         case KeepParams():
-            inside, whole = sum(layer.shape.params for layer in factorable), parameters(graph)
+            inside, whole = _held(rows, "params"), parameters(graph)
         case _:
             return 0.0, 0.0
-    return (inside if settings.of == "factorable" else whole), inside
+    if settings.of == "factorable":
+        whole = _held(rows if among is None else among, "params" if isinstance(settings.goal, KeepParams) else "macs")
+    return whole, inside
+
+
+def _held(rows: Sequence[Row], cost: Cost) -> float:
+    """What the factorable layers hold."""
+    return sum(row.keep.cost(cost) for row in rows if row.factorable)

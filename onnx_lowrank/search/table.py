@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from joblib import Parallel, cpu_count, delayed
 from threadpoolctl import threadpool_limits
 
-from onnx_lowrank.candidates import Candidate, Grid, candidate, keep, worth_timing
+from onnx_lowrank.candidates import Candidate, Grid, candidate, keep
 from onnx_lowrank.decomposition import Decomposition, Rank
 from onnx_lowrank.latency.chains import Job, Pricer
 from onnx_lowrank.layer import Array, Layer
@@ -104,14 +104,16 @@ def row_of(
     ranks: dict[str, Sequence[Rank]] = {}
     for method in accepted:
         exact = method.exact_rank(layer.shape)
-        ranks[method.name] = ([exact] if exact else []) if exact_only else method.ranks(layer.shape, grid.step)
+        ranks[method.name] = ([exact] if exact else []) if exact_only else grid.ranks(method, layer.shape)
         if not ranks[method.name]:
             refusals[method.name] = f"no rank of {layer.shape} has fewer weights than the layer"
     options: list[Candidate] = []
     for method in (m for m in accepted if m.name not in refusals):
         made = cache.make(layer, method, weight, gram)
-        options.extend(candidate(layer, method, made, rank, grid.block) for rank in ranks[method.name])
-    chosen = options if exact_only else worth_timing(options, grid.per_method)
+        found = ranks[method.name]
+        asked = grid.fitted(layer, method, found) if made.by_rank and not exact_only else found
+        options.extend(candidate(layer, method, made, rank, grid.block) for rank in asked)
+    chosen = options if exact_only else grid.worth_timing(options)
     return Row(layer, (keep(layer), *chosen), refusals)
 
 

@@ -17,6 +17,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -47,6 +48,8 @@ class Fitted(Factorization):
         weight: (g, S, C, *kernel).
         gram: Second moments (g, n, n) or None, see `Decomposition.factorize`.
     """
+
+    by_rank: ClassVar[bool] = True
 
     def __init__(self, method: Decomposition, weight: Array, gram: Array | None) -> None:
         groups, out, in_, *kernel = weight.shape

@@ -1,0 +1,187 @@
+"""Every format on five networks at the same budgets: error, task metric, size and measured speed.
+
+    python -m benchmarks.formats [embedded hed ...] [--formats svd cp ...] [--together] [--limit 3600] [--again]
+
+The default formats of a network are one `onnx-lowrank compare` with the calibration data and refit, in a process of
+its own; every other format is another one. Both budgets come from one process. Rows go to `formats.json` (whole
+networks, each then evaluated on its task) and `formats_layers.json` (the best of a format for a layer) in
+`benchmarks/results` as they come; what is recorded is not run again, so that an interrupted run goes on where it was.
+A process that takes longer than the limit is ended, and recorded as such. `--together` mixes all formats, too, in one
+process: the longest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import command
+from benchmarks.accuracy.experiment import task
+from benchmarks.accuracy.sweeps import SIXTY_FOUR_TOKENS
+from benchmarks.command import span
+from benchmarks.fashion import EMBEDDED, NETS
+from benchmarks.zoo import results
+from benchmarks.zoo.cache import default_cache
+from benchmarks.zoo.model import ZooModel
+from benchmarks.zoo.models import all_models
+from benchmarks.zoo.results import FOLDER, Scalar
+from onnx_lowrank.catalogue import all_decompositions, default_decompositions
+
+NETWORKS = (EMBEDDED, "hed", "ocr_det", "minilm", "crepe_full")
+SHAPES = {"minilm": SIXTY_FOUR_TOKENS}
+GOALS = ("keep-macs 0.5", "speedup 2")
+LIMIT_S = 3600.0
+KEYS = ("model", "formats", "goal")
+LAYER_KEYS = (*KEYS, "layer")
+COLUMNS = (*KEYS, "reached", "relative_error", "params_kept", "macs_kept", "speedup", "ci95", "reason")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One process.
+
+    Attributes:
+        model: What is compared on.
+        formats: What is compared.
+        name: Of the row that is lost if the process gives nothing.
+        options: All further options of `compare`.
+    """
+
+    model: ZooModel
+    formats: tuple[str, ...]
+    name: str
+    options: tuple[str, ...]
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """Names of the rows the process gives."""
+        return (*self.formats, self.name) if len(self.formats) > 1 else self.formats
+
+    def arguments(self, original: Path) -> list[str]:
+        """The words behind `compare MODEL --models FOLDER --json`."""
+        words = [word for shape in SHAPES.get(self.model.name, self.model.inputs) for word in ("--shape", shape)]
+        words += ["--calibration", str(original.with_name("calibration.npz")), "--passes", ",".join(self.formats)]
+        return [*words, *self.options]
+
+
+def cases(
+    names: Iterable[str], formats: Sequence[str], options: Sequence[str], *, together: bool = False
+) -> Iterator[Case]:
+    """The default formats, then every other one; at last all of them.
+
+    Args:
+        names: Of NETWORKS.
+        formats: Names of decompositions.
+        options: All further options of `compare`.
+        together: Whether all formats are mixed, too.
+    """
+    default = tuple(name for name in formats if name in default_decompositions())
+    for name in names:
+        model = NETS[name] if name in NETS else all_models()[name]
+        if default:
+            yield Case(model, default, "default" if len(default) > 1 else default[0], tuple(options))
+        for other in (other for other in formats if other not in default):
+            yield Case(model, (other,), other, tuple(options))
+        if together:
+            yield Case(model, tuple(formats), "all", tuple(options))
+
+
+def run(case: Case, limit_s: float, *, again: bool = False, folder: Path = FOLDER) -> None:
+    """Compare and evaluate, unless all rows of a case are recorded; record the rows."""
+    wanted = {(case.model.name, name, goal) for name in case.rows for goal in GOALS}
+    recorded = {tuple(row[key] for key in KEYS) for row in results.recorded("formats", folder)}
+    if not again and wanted <= recorded:
+        return
+    original = case.model.build(default_cache())
+    with tempfile.TemporaryDirectory() as models:
+        done = command.compare(original, Path(models), case.arguments(original), limit_s)
+        common: dict[str, Scalar] = {"process_seconds": done.seconds, "options": " ".join(case.options)}
+        for goal in GOALS if done.error else ():
+            keys = {"model": case.model.name, "formats": case.name, "goal": goal}
+            results.put("formats", {**keys, "reached": False, "reason": done.error, **common}, KEYS, folder)
+        for network in done.found.get("networks", ()):
+            row = _network(case.model, done.found, network) | common
+            results.put("formats", row, KEYS, folder)
+            print("  ".join(f"{key} {row[key]}" for key in COLUMNS if key in row), flush=True)
+        for row in _layers(case.model, done.found):
+            results.put("formats_layers", row, LAYER_KEYS, folder)
+    if done.error:
+        print(f"{case.model.name} {case.name}: {done.error}", flush=True)
+
+
+def _network(model: ZooModel, found: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Scalar]:
+    """A network and what it does on the task."""
+    result: dict[str, Scalar] = {
+        "model": model.name,
+        "formats": row["name"],
+        "goal": row["budget"],
+        "reached": row["reached"],
+        "reason": row["reason"],
+        "row_seconds": row["seconds"],
+    }
+    if row["file"] is None:
+        return result
+    return {
+        **result,
+        "relative_error": float(f"{row['relative_error']:.4g}"),
+        "params_kept": round(row["params"] / found["params"], 4),
+        "macs_kept": round(row["macs"] / found["macs"], 4),
+        "after_ms": round(row["ms"], 4),
+        "speedup": round(row["speedup"], 3),
+        "ci95": span(row["ci95"]),
+        "low_rank_speedup": round(row["low_rank_speedup"], 3),
+        "low_rank_ci95": span(row["low_rank_ci95"]),
+        "disturbed": row["disturbed"],
+        "layers": sum(row["used"].values()),
+        "used": ", ".join(f"{name} {count}" for name, count in sorted(row["used"].items())),
+        "data": found["data"],
+        **task(model, Path(row["file"])),
+    }
+
+
+def _layers(model: ZooModel, found: Mapping[str, Any]) -> Iterator[dict[str, Scalar]]:
+    """The best of each format for each layer."""
+    for layer in found.get("layers", ()):
+        for row in (row for row in layer["contenders"] if row["rank"] and row["of_layer"] is not None):
+            yield {
+                "model": model.name,
+                "formats": row["format"],
+                "goal": row["budget"],
+                "layer": layer["name"],
+                "shape": layer["shape"],
+                "layer_ms": float(f"{layer['ms']:.4g}"),
+                "rank": "x".join(map(str, row["rank"])),
+                "error": float(f"{row['error']:.4g}"),
+                "error_of": layer["metric"],
+                "params_kept": round(row["params"] / layer["params"], 4),
+                "macs_kept": round(row["macs"] / layer["macs"], 4),
+                "of_layer": round(row["of_layer"], 4),
+                "ci95": span(row["ci95"]),
+            }
+
+
+def main() -> int:
+    """Measure what is missing and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NETWORK", help=f"of {', '.join(NETWORKS)}; all by default")
+    parser.add_argument("--formats", nargs="+", choices=all_decompositions(), metavar="FORMAT", help="all by default")
+    parser.add_argument("--together", action="store_true", help="mix all formats, too")
+    parser.add_argument("--limit", type=float, default=LIMIT_S, help="seconds of one process (%(default)s)")
+    parser.add_argument("--again", action="store_true", help="run what is recorded, too")
+    parser.add_argument("--threads", type=int, default=1)
+    asked = parser.parse_args()
+    options = [word for goal in GOALS for word in f"--{goal}".split()] + ["--threads", str(asked.threads)]
+    formats = tuple(asked.formats or all_decompositions())
+    for case in cases(asked.names or NETWORKS, formats, options, together=asked.together):
+        run(case, asked.limit, again=asked.again)
+    print(results.table(results.recorded("formats"), COLUMNS))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""The comparison as a table of contents: one candidate table, asked for layers and for whole networks."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+from onnx_lowrank.accuracy import evaluate
+from onnx_lowrank.calibration.walk import CannotCutError
+from onnx_lowrank.catalogue import all_decompositions, split
+from onnx_lowrank.comparison.layers import compared_layers
+from onnx_lowrank.comparison.model import Budget, Comparison
+from onnx_lowrank.comparison.networks import Field, compared_networks
+from onnx_lowrank.goals import Goal, KeepMacs, Speedup
+from onnx_lowrank.graph import io
+from onnx_lowrank.graph.size import parameters
+from onnx_lowrank.latency.chains import ChainTimer
+from onnx_lowrank.latency.environment import environment
+from onnx_lowrank.latency.grid import channel_block
+from onnx_lowrank.latency.table import LatencyTable
+from onnx_lowrank.pipeline import check_paths
+from onnx_lowrank.plan import PassSpec
+from onnx_lowrank.progress import Phases
+from onnx_lowrank.providers import require_provider
+from onnx_lowrank.search.analysis import without_samples
+from onnx_lowrank.search.calibrated import CalibratedTable
+from onnx_lowrank.search.factorizations import FactorizationCache
+from onnx_lowrank.search.matched import MatchedGrid, share_of, worth_pricing
+from onnx_lowrank.search.prepare import Prepared, prepare, tuned_for
+from onnx_lowrank.search.pricing import decomposed, grids
+from onnx_lowrank.search.source import Source, read_source
+from onnx_lowrank.search.table import Row, price
+from onnx_lowrank.settings import Settings
+
+DEFAULT_BUDGETS: tuple[Goal, ...] = (KeepMacs(0.5), Speedup(2))
+
+
+def compare(
+    model: Path | str,
+    goals: Sequence[Goal] = DEFAULT_BUDGETS,
+    settings: Settings | None = None,
+    phases: Phases | None = None,
+    *,
+    models: Path | None = None,
+    beside: Collection[Path] = (),
+) -> Comparison:
+    """Every format beside the others, layer by layer and for the whole network, at the same budgets.
+
+    Args:
+        model: The model; never changed.
+        goals: The budgets: goals of size (KeepMacs, KeepParams) or of speed (Speedup).
+        settings: Target, data and everything else; its goal does not count. Where `passes` names no decomposition, all
+            there are take part.
+        phases: Timed and shown.
+        models: An existing folder that keeps the network of every row; None keeps none.
+        beside: Other files the caller will write.
+
+    Raises:
+        InputError: for input that cannot be used.
+    """
+    model = Path(model)
+    settings, phases = settings or Settings(), phases or Phases()
+    settings = replace(settings, passes=_with_decompositions(settings.passes))
+    for path in beside:
+        check_paths(path, model, settings.calibration, settings.eval)
+    require_provider(settings.target)
+    with phases.phase("read"):
+        source = read_source(
+            model, settings.calibration, settings.eval, preprocess=settings.preprocess, limit=settings.samples
+        )
+        for path in (*beside, *([] if models is None else [models / "model.onnx"])):
+            io.spare_sources(source.graph, path)
+    deadline = math.inf if settings.time_limit is None else time.monotonic() + settings.time_limit
+    settings = tuned_for(source, settings, phases)
+    params = parameters(source.graph)
+    with tempfile.TemporaryDirectory(prefix="onnx-lowrank-") as name, LatencyTable() as memory:
+        folder = Path(name)
+        ready = prepare(source, settings, folder, phases)
+        with phases.phase("evaluate"):
+            labelled = None if ready.racer.as_float32 else source.labelled
+            scores = None if labelled is None else evaluate(model, labelled, settings.metric, settings.target)
+        cache = FactorizationCache(settings.memory_limit, folder)
+        source, ready, rows, table = _table(source, ready, settings, goals, cache, phases, memory)
+        timer = ChainTimer(settings.target, memory, ready.normalized.level)
+        with phases.phase("time chains") as advance:
+            wanted = {option for row in rows for option in worth_pricing(row, goals)}
+            rows = price(rows, timer, advance, wanted.__contains__) if wanted else rows
+        layers = compared_layers(rows, goals, timer, table, phases)
+        with phases.phase("baseline"):
+            baseline = ready.racer.race([ready.original, ready.normalized])
+        field = Field(source, ready, cache, rows, timer, table, scores, settings, folder, deadline, baseline)
+        networks = compared_networks(field, goals, models, phases)
+    notes = (*ready.notes, *(() if table is None else _padding(table)))
+    return Comparison(
+        model=str(model),
+        target=asdict(settings.target),
+        budgets=tuple(Budget(goal.kind, goal.value, share_of(goal)) for goal in goals),
+        params=params,
+        macs=ready.survey.macs,
+        layers=layers,
+        networks=networks,
+        data=_data(source, table),
+        timings={name: round(seconds, 3) for name, seconds in phases.seconds.items()},
+        environment={**environment(settings.target), "measured_on_cores": list(ready.racer.cores)},
+        notes=tuple(dict.fromkeys(notes)),
+    )
+
+
+def _with_decompositions(specs: tuple[PassSpec, ...]) -> tuple[PassSpec, ...]:
+    """The passes, and all decompositions where none is among them."""
+    return specs if split(specs)[1] else (*specs, *map(PassSpec, all_decompositions()))
+
+
+def _table(
+    source: Source,
+    ready: Prepared,
+    settings: Settings,
+    goals: Sequence[Goal],
+    cache: FactorizationCache,
+    phases: Phases,
+    memory: LatencyTable,
+) -> tuple[Source, Prepared, list[Row], CalibratedTable | None]:
+    """Every layer in every format near the budgets, calibrated where that can be done."""
+    with phases.phase("channel grid"):
+        near = partial(MatchedGrid.near, goals)
+        grid_of = grids(ready.survey, partial(channel_block, settings.target, memory), near)
+    try:
+        return source, ready, *decomposed(source, ready, settings, cache, phases, memory, grid_of)
+    except CannotCutError as error:
+        source, ready = without_samples(source, ready, error)
+        return source, ready, *decomposed(source, ready, settings, cache, phases, memory, grid_of)
+
+
+def _padding(table: CalibratedTable) -> tuple[str, ...]:
+    found = table.calibration.samples.padding
+    return () if found is None else (str(found),)
+
+
+def _data(source: Source, table: CalibratedTable | None) -> str:
+    """What errors are measured on, in words."""
+    held_out = "synthetic inputs" if source.held_out is None else f"{len(source.held_out)} held-out samples"
+    fitted = "data-free" if table is None else f"calibrated on {len(table.calibration.samples)} samples"
+    return f"{fitted}; errors of networks on {held_out}"

@@ -1,0 +1,91 @@
+"""Layer by layer: the best of every format within every budget, all of them timed in turns with the layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from onnx_lowrank.candidates import Candidate
+from onnx_lowrank.comparison.model import Contender, LayerComparison, on_front
+from onnx_lowrank.goals import Goal
+from onnx_lowrank.latency.chains import ChainTimer, Job, Share
+from onnx_lowrank.progress import Phases
+from onnx_lowrank.search.calibrated import CalibratedTable
+from onnx_lowrank.search.matched import best_within, by_method, cost_of
+from onnx_lowrank.search.table import Row
+
+AS_IT_IS = (0.0, 1.0)  # error and time of the layer itself
+
+
+def compared_layers(
+    rows: Sequence[Row], goals: Sequence[Goal], timer: ChainTimer, table: CalibratedTable | None, phases: Phases
+) -> tuple[LayerComparison, ...]:
+    """Compare formats layer by layer.
+
+    Args:
+        rows: The table; candidates for budgets of speed have latencies.
+        goals: The budgets.
+        timer: Times what is shown anew: of many candidates the one that looks fastest was lucky, too.
+        table: What was learnt from samples; None without.
+        phases: Timed and shown.
+    """
+    found = [_best(row, goals) for row in rows]
+    jobs = [Job(row.layer) for row in rows]
+    jobs += [Job(row.layer, best.chain) for row, per in zip(rows, found, strict=True) for _, best in per if best]
+    with phases.phase("time layers") as advance:
+        shares = iter(timer.shares(jobs, advance))
+    own = [next(shares) for _ in rows]
+    compared: list[LayerComparison] = []
+    for row, per, share in zip(rows, found, own, strict=True):
+        contenders = [_contender(goal, row, name, best, next(shares) if best else None) for (goal, name), best in per]
+        compared.append(
+            _compared(row, contenders, share, calibrated=table is not None and row.layer.key in table.energies)
+        )
+    return tuple(compared)
+
+
+Entry = tuple[tuple[Goal, str], Candidate | None]
+
+
+def _best(row: Row, goals: Sequence[Goal]) -> list[Entry]:
+    """(budget, format) -> the candidate, for the formats that take the layer."""
+    formats = {options[0].method: options for options in by_method(row.options[1:])}
+    return [((goal, name), best_within(mine, row.keep, goal)) for goal in goals for name, mine in formats.items()]
+
+
+def _contender(goal: Goal, row: Row, name: str, best: Candidate | None, share: Share | None) -> Contender:
+    if best is None:
+        return Contender(str(goal), name, reason=_out_of_reach(goal, row, name))
+    found = Contender(str(goal), name, best.rank, best.error, best.params, best.macs)
+    if share is None:
+        return found
+    return replace(found, ms=share.layer_ms * share.of_layer, of_layer=share.of_layer, ci95=share.ci95)
+
+
+def _out_of_reach(goal: Goal, row: Row, name: str) -> str:
+    """How near the format comes to the budget."""
+    cost = cost_of(goal)
+    mine = [o for o in row.options[1:] if o.method == name and (cost != "ms" or o.ms is not None)]
+    if not mine or (cost == "ms" and row.keep.ms is None):
+        return "none of its chains could be timed"
+    least = min(mine, key=lambda option: option.cost(cost))
+    unit = {"ms": "time", "macs": "MACs", "params": "parameters"}[cost]
+    rank = "x".join(map(str, least.rank))
+    return f"not within it: {least.cost(cost) / row.keep.cost(cost):.2f} of the layer's {unit} at rank {rank}"
+
+
+def _compared(row: Row, contenders: Sequence[Contender], share: Share | None, *, calibrated: bool) -> LayerComparison:
+    layer = row.layer
+    points = [None if c.error is None or c.of_layer is None else (c.error, c.of_layer) for c in contenders]
+    fronts = on_front([AS_IT_IS, *points])[1:]
+    return LayerComparison(
+        name=layer.nodes[0],
+        op=layer.form.op,
+        shape=str(layer.shape),
+        params=layer.shape.params,
+        macs=layer.macs,
+        ms=None if share is None else share.layer_ms,
+        metric="outputs" if calibrated else "weight",
+        contenders=tuple(replace(c, front=front) for c, front in zip(contenders, fronts, strict=True)),
+        refusals=dict(row.refusals),
+    )
