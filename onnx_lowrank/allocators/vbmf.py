@@ -19,6 +19,7 @@ from onnx_lowrank.spectra import Unfolding
 
 _BEYOND = 2.0  # the largest w
 
+
 def vbmf(problem: Problem) -> tuple[Candidate, ...]:
     """Equal weakening of the EVB ranks of all layers.
 
