@@ -1,7 +1,8 @@
 """Every graph pass and decomposition there is: found by walking `onnx_lowrank.passes`, built from their options' text.
 
-A class is listed when it is a concrete frozen dataclass defined in a module of that package, or of a module that a
-third party names in the entry-point group `onnx_lowrank.passes`, and every field has a default.
+A class is listed when it is a frozen dataclass with a name, defined in a module of that package, and every field has a
+default. Third parties name a module, or one class, in the entry-point group `onnx_lowrank.passes`; what is wrong with
+it ends the command.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
+from inspect import ismodule
 from types import ModuleType, NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -144,24 +146,49 @@ def _own() -> Iterator[Rewrite]:
 def _third_party() -> Iterator[Rewrite]:
     for point in sorted(entry_points(group=GROUP), key=lambda point: (point.name, point.value)):
         try:
-            module = importlib.import_module(point.module)
+            loaded = point.load()
         except Exception as error:  # a third party's module may fail in any way; the user must learn whose it is
-            got = f"the entry point {point.name!r} ({point.value}), which fails with {type(error).__name__}: {error}"
-            raise InputError(got, "a module with passes", "mend or remove that package") from error
-        yield from _defined_in(module)
+            raise _broken(point, f"which fails with {type(error).__name__}: {error}") from error
+        wanted = [item for item in vars(loaded).values() if _named(item, loaded)] if ismodule(loaded) else [loaded]
+        if not wanted:
+            raise _broken(point, "in which no pass or decomposition has a name")
+        for item in wanted:
+            if (fault := _fault(item)) is not None:
+                raise _broken(point, f"whose {getattr(item, '__name__', item)} {fault}")
+            yield item
+
+
+def _broken(point: EntryPoint, fault: str) -> InputError:
+    got = f"the entry point {point.name!r} ({point.value}), {fault}"
+    return InputError(got, "frozen dataclasses that are passes or decompositions", "mend or remove that package")
 
 
 def _defined_in(module: ModuleType) -> Iterator[Rewrite]:
-    for item in vars(module).values():
-        if (
-            not inspect.isclass(item)
-            or item.__module__ != module.__name__
-            or not issubclass(item, (Pass, Decomposition))
-        ):
-            continue
-        buildable = is_dataclass(item) and all(_default(field) is not MISSING for field in fields(item))
-        if buildable and not inspect.isabstract(item):
-            yield item
+    yield from (item for item in vars(module).values() if _named(item, module) and _fault(item) is None)
+
+
+def _named(item: object, module: ModuleType) -> bool:
+    """Whether an object is a pass or decomposition of that module with a name: abstract bases have none."""
+    is_pass = inspect.isclass(item) and issubclass(item, (Pass, Decomposition))
+    return is_pass and item.__module__ == module.__name__ and hasattr(item, "name")
+
+
+def _fault(item: object) -> str | None:
+    """Why an object cannot be listed, or None."""
+    if not (inspect.isclass(item) and issubclass(item, (Pass, Decomposition))):
+        return "is neither a pass nor a decomposition"
+    if missing := sorted(getattr(item, "__abstractmethods__", ())):
+        return f"lacks {', '.join(missing)}"
+    if not is_dataclass(item) or not item.__dataclass_params__.frozen:
+        return "is no frozen dataclass"
+    if not isinstance(getattr(item, "name", None), str):
+        return "has no name"
+    try:
+        get_type_hints(item)
+    except (NameError, TypeError, SyntaxError) as error:
+        return f"has an option whose type cannot be read ({error})"
+    demanding = [field.name for field in fields(item) if _default(field) is MISSING]
+    return f"has no default for {', '.join(demanding)}" if demanding else None
 
 
 def _default(item: Field[Any]) -> object:

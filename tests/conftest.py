@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+# Before numpy is imported, here and in every process of a test: threads that wait for each other at small matrices take
+# ten times as long on a machine that others use too, as the workers of pytest-xdist do.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path

@@ -15,6 +15,7 @@ _QUICK = (Cp(restarts=0, sweeps=6), CpSpatial(restarts=0, sweeps=6), BlockTerm(r
 # Tensor networks have a suite of their own (test_networks): no one rank is exact for all ways to cut their channels.
 _ALL = {name: method for name, method in decompositions().items() if not isinstance(method, NetworkFormat)}
 METHODS = _ALL | {method.name: method for method in _QUICK}
+EVERY = decompositions() | METHODS
 FEW = 4
 
 

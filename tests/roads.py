@@ -43,15 +43,15 @@ def node(op: str, inputs: str, output: str, name: str = "", **attributes: Any) -
     return helper.make_node(op, inputs.split(), [output], name=name, **attributes)
 
 
-def network() -> ModelProto:
+def network(width: int = 64) -> ModelProto:
     """image (batch, 3, 16, 16) -> logits (batch, 10): three convolutions, one depthwise, a head, two of activations."""
     weights = {
-        "w0": low_rank((32, 3, 3, 3), 3, 0),
-        "b0": np.full(32, 0.1, np.float32),
-        "w1": low_rank((64, 32, 3, 3), 8, 1),
-        "w2": low_rank((64, 64, 3, 3), 8, 2),
-        "wd": low_rank((64, 1, 3, 3), 1, 3),
-        "f": np.ascontiguousarray(low_rank((10, 64), 4, 4).T),
+        "w0": low_rank((width // 2, 3, 3, 3), 3, 0),
+        "b0": np.full(width // 2, 0.1, np.float32),
+        "w1": low_rank((width, width // 2, 3, 3), 8, 1),
+        "w2": low_rank((width, width, 3, 3), 8, 2),
+        "wd": low_rank((width, 1, 3, 3), 1, 3),
+        "f": np.ascontiguousarray(low_rank((10, width), 4, 4).T),
     }
     nodes = [
         node("Conv", "image w0 b0", "a0", "stem", pads=[1] * 4),
@@ -60,7 +60,7 @@ def network() -> ModelProto:
         node("Relu", "a1", "h1"),
         node("Conv", "h1 w2", "a2", "body/2", pads=[1] * 4),
         node("Relu", "a2", "h2"),
-        node("Conv", "h2 wd", "a3", "depthwise", pads=[1] * 4, group=64),
+        node("Conv", "h2 wd", "a3", "depthwise", pads=[1] * 4, group=width),
         node("GlobalAveragePool", "a3", "p"),
         node("Flatten", "p", "q"),
         node("MatMul", "q f", "logits", "head"),

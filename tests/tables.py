@@ -16,6 +16,8 @@ from onnx_lowrank.passes.decompose import decompositions
 from onnx_lowrank.spectra import Unfolding
 
 Choice = tuple[Candidate, ...]
+# Those of blocks too, and none that fits every rank by itself for seconds.
+TABLED = {"svd", "svd_input", "spatial_svd", "spatial_svd_reversed", "tucker2", "grouped_svd", "kronecker"}
 
 
 def option(layer: int, cost: float, error: float, spectral: float | None = None, *, exact: bool = False) -> Candidate:
@@ -104,8 +106,8 @@ def sliced_problem(layers: Sequence[Layer], share: float, slices: Sequence[int] 
 
 
 def table_of(layers: Sequence[Layer], share: float) -> Problem:
-    """Every rank of every decomposition, with all that any rule may need but a measurement."""
-    methods = decompositions().values()
+    """Every rank of formats of every kind, with all that any rule may need but a measurement."""
+    methods = [method for name, method in decompositions().items() if name in TABLED]
     rows: list[Choice] = []
     for layer in layers:
         made = [(m, m.factorize(layer.read())) for m in methods if m.refusal(layer.shape) is None]

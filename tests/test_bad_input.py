@@ -75,7 +75,7 @@ def test_refused(case: Case, folder: Path, capfd: pytest.CaptureFixture[str]) ->
     assert contents(folder) == before
 
 
-@pytest.mark.parametrize("name", ["truncated", "external data missing", "pickled", "two goals", "unknown command"])
+@pytest.mark.parametrize("name", ["truncated", "unknown command"])
 def test_refused_by_the_real_process(name: str, folder: Path) -> None:
     case = CASES[name]
     case.prepare()
@@ -143,7 +143,7 @@ def test_unwritable_folder(unprivileged: Path, capfd: pytest.CaptureFixture[str]
     assert (said, [path.name for path in unprivileged.iterdir()]) == ("", ["model.onnx"])
 
 
-@pytest.mark.parametrize("kib", [0, 4, 60, 250])
+@pytest.mark.parametrize("kib", [0, 60])
 def test_full_disk(kib: int, folder: Path, latencies: Path) -> None:
     """No file may grow beyond `kib`: what was measured may be lost, the input and an older result may not."""
     onnx.save(product_model("Gemm", [2, 300], [300, 250]), MODEL)

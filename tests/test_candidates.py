@@ -6,6 +6,7 @@ import math
 
 import pytest
 from builders import conv_model
+from formats import EVERY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,9 +15,8 @@ from onnx_lowrank.graph.check import inferred_shapes
 from onnx_lowrank.graph.layers import layers, shapes_as_trace
 from onnx_lowrank.graph.model import Graph
 from onnx_lowrank.layer import Layer, LayerShape
-from onnx_lowrank.passes.decompose import decompositions
 
-METHODS = decompositions()
+METHODS = {name: method for name, method in EVERY.items() if method.refusal(LayerShape(1, 24, 16, (3, 3))) is None}
 
 
 def option(error: float, padded_macs: float, method: str = "svd", rank: int = 1) -> Candidate:
@@ -89,8 +89,7 @@ def test_a_candidate_says_what_its_chain_and_factorization_say(name: str) -> Non
     assert found.loss == pytest.approx(-math.log(1 - found.error**2))
     assert not found.exact
     exact = method.exact_rank(layer.shape)
-    assert exact is not None
-    assert candidate(layer, method, made, exact, 4).exact
+    assert exact is None or candidate(layer, method, made, exact, 4).exact
 
 
 def test_keep_is_the_layer_itself() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from onnx_lowrank import catalogue
 from onnx_lowrank.catalogue import build, discover, split
+from onnx_lowrank.cli import run
 from onnx_lowrank.decomposition import Decomposition
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.passes.normalize import DEFAULT_NORMALIZE, FlushDenormals, FuseHardSwish
@@ -80,6 +81,12 @@ class ThirdParty(RemoveIdentity):
 """
 
 
+def announce(source: Path, attribute: str = "") -> None:
+    """Write the entry point: the module, or what is in it."""
+    info = source.with_name(f"{source.stem}-1.0.dist-info")
+    (info / "entry_points.txt").write_text(f"[{catalogue.GROUP}]\nmine = {source.stem}{attribute}\n")
+
+
 @pytest.fixture
 def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Source file of an installed third-party package with an entry point."""
@@ -87,10 +94,10 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     info = tmp_path / f"{module}-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[{catalogue.GROUP}]\nmine = {module}\n")
-    monkeypatch.syspath_prepend(tmp_path)
     source = tmp_path / f"{module}.py"
     source.write_text(PLUGIN)
+    announce(source)
+    monkeypatch.syspath_prepend(tmp_path)
     discover.cache_clear()
     yield source
     discover.cache_clear()
@@ -110,16 +117,72 @@ def test_third_party_passes_come_from_entry_points() -> None:
         options(level="high")
 
 
-def test_two_passes_of_one_name_are_refused(plugin: Path) -> None:
-    plugin.write_text(PLUGIN.replace("third_party", "remove_identity"))
-    with pytest.raises(InputError, match=r"two passes called 'remove_identity', in .* and lowrank_plugin_"):
-        discover()
+INCOMPLETE = """
+from dataclasses import dataclass
+from onnx_lowrank.decomposition import Decomposition
+
+@dataclass(frozen=True)
+class Half(Decomposition):
+    name = "half"
+    def refusal(self, shape): ...
+    def ranks(self, shape, block): ...
+    def chain(self, shape, rank): ...
+"""
+MUTABLE = PLUGIN.replace("RemoveIdentity", "Pass").replace("passes.normalize", "transform").replace("(frozen=True)", "")
+MUTABLE += "    def run(self, graph): ...\n"
 
 
-def test_a_broken_plugin_is_named(plugin: Path) -> None:
-    plugin.write_text("1 / 0")
-    with pytest.raises(InputError, match=r"entry point 'mine' \(.*\), which fails with ZeroDivisionError: division"):
-        discover()
+@pytest.mark.parametrize(
+    ("text", "attribute", "fault"),
+    [
+        ("import nowhere", "", "which fails with ModuleNotFoundError: No module named 'nowhere'"),
+        ("1 / 0", "", "which fails with ZeroDivisionError: division by zero"),
+        ("x =", "", "which fails with SyntaxError: invalid syntax ({module}.py, line 1)"),
+        ("", "", "in which no pass or decomposition has a name"),
+        (INCOMPLETE, "", "whose Half lacks exact_rank, factorize"),
+        (MUTABLE, "", "whose ThirdParty is no frozen dataclass"),
+        (
+            PLUGIN.replace(" = None", "").replace("bool = False", "bool"),
+            "",
+            "whose ThirdParty has no default for strong, level",
+        ),
+        (
+            PLUGIN.replace(": bool", ': "Bool"'),
+            "",
+            "whose ThirdParty has an option whose type cannot be read (name 'Bool' is not defined)",
+        ),
+        (PLUGIN, ":Missing", "which fails with AttributeError: module '{module}' has no attribute 'Missing'"),
+        ("Three = 3", ":Three", "whose 3 is neither a pass nor a decomposition"),
+        ("class Three: ...", ":Three", "whose Three is neither a pass nor a decomposition"),
+        (PLUGIN.replace('= "third_party"', "= 3"), "", "whose ThirdParty has no name"),
+    ],
+)
+def test_a_broken_plugin_ends_the_command_in_one_line(
+    plugin: Path, text: str, attribute: str, fault: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    plugin.write_text(text)
+    announce(plugin, attribute)
+    assert run(["passes"]) == 2
+    right = (
+        f"error: got the entry point 'mine' ({plugin.stem}{attribute}), {fault.format(module=plugin.stem)}; "
+        "expected frozen dataclasses that are passes or decompositions; mend or remove that package\n"
+    )
+    assert capfd.readouterr() == ("", right)
+
+
+@pytest.mark.parametrize(
+    ("name", "other"), [("remove_identity", "normalize.remove_identity"), ("svd", "decompose.svd")]
+)
+def test_two_passes_of_one_name_are_refused(
+    plugin: Path, name: str, other: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    plugin.write_text(PLUGIN.replace("third_party", name))
+    assert run(["passes"]) == 2
+    right = (
+        f"error: got two passes called {name!r}, in onnx_lowrank.passes.{other} and {plugin.stem}; "
+        "expected different names; remove one of the packages\n"
+    )
+    assert capfd.readouterr() == ("", right)
 
 
 def test_formats_that_take_long_are_tried_only_by_name() -> None:

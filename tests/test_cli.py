@@ -308,6 +308,7 @@ def test_progress_is_shown_on_a_terminal_only() -> None:
         assert ("decompose" in text.getvalue()) == terminal
 
 
+@pytest.mark.slow
 def test_the_demo_runs_offline(folder: Path, capsys: Captured) -> None:
     code = run(["demo", "--speedup", "1.01", "-o", "demo.onnx", "--json"])
     raw = parsed(capsys)

@@ -6,6 +6,7 @@ import ast
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -28,6 +29,7 @@ from onnx_lowrank.target import Target
 
 pytestmark = pytest.mark.usefixtures("quick")
 Captured = pytest.CaptureFixture[str]
+Measured = Callable[[], Path]
 HERE = Circumstances.here(Target(threads=1))
 REMEDY = "export it again with `onnx-lowrank latency export`, or run measure.py again"
 # A plan by a table alone is the first allocation; which goal does not matter here, as long as chains are chosen.
@@ -51,11 +53,30 @@ def plan(out: str, *options: str) -> int:
     return code
 
 
-def measured(folder: Path) -> Path:
-    """A table of this machine, exported."""
-    run(["plan", "model.onnx", "-o", "measured.json", *GOAL, "--threads", "1"])
-    assert run(["latency", "export", "-o", "table.json"]) == 0
-    return folder / "table.json"
+@pytest.fixture(scope="module")
+def there(tmp_path_factory: pytest.TempPathFactory, quick: None) -> Path:
+    """A folder with latencies of the model measured once: the cache, and its table exported."""
+    folder = tmp_path_factory.mktemp("there")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv(CACHE_VARIABLE, str(folder / "cache"))
+        save(network(), folder)
+        run(["plan", "model.onnx", "-o", "measured.json", *GOAL, "--threads", "1"])
+        assert run(["latency", "export", "-o", "table.json"]) == 0
+    return folder
+
+
+@pytest.fixture
+def measured(folder: Path, there: Path, capsys: Captured) -> Measured:
+    """Brings these latencies into the working folder's own cache; returns the table."""
+
+    def bring() -> Path:
+        shutil.copytree(there / "cache", folder / "cache", dirs_exist_ok=True)
+        capsys.readouterr()
+        shutil.copy(there / "table.json", folder)
+        return folder / "table.json"
+
+    return bring
 
 
 def edited(path: Path, change: Callable[[Any], None]) -> None:
@@ -72,8 +93,8 @@ def everywhere(name: str, value: object) -> Callable[[Any], None]:
     return change
 
 
-def test_an_import_is_whole_or_not_at_all(folder: Path) -> None:
-    content = read(measured(folder))
+def test_an_import_is_whole_or_not_at_all(folder: Path, measured: Measured) -> None:
+    content = read(measured())
 
     def broken() -> Iterator[Section]:
         yield from content
@@ -87,8 +108,8 @@ def test_an_import_is_whole_or_not_at_all(folder: Path) -> None:
         assert to_json(sections(other)) == to_json(content)
 
 
-def test_what_is_exported_comes_back_and_plans_the_same(folder: Path, capsys: Captured) -> None:
-    table = measured(folder)
+def test_what_is_exported_comes_back_and_plans_the_same(folder: Path, measured: Measured, capsys: Captured) -> None:
+    table = measured()
     with LatencyTable() as mine, LatencyTable.in_memory() as other:
         merge(other, read(table))
         assert to_json(sections(other)) == table.read_text() == to_json(sections(mine))
@@ -110,9 +131,9 @@ def test_what_is_exported_comes_back_and_plans_the_same(folder: Path, capsys: Ca
 
 @pytest.mark.parametrize(("name", "value"), [("device", "a toaster"), ("onnxruntime", "1.0.0"), ("threads", 7)])
 def test_latencies_of_another_device_or_version_are_never_used_silently(
-    folder: Path, capsys: Captured, name: str, value: object
+    folder: Path, measured: Measured, capsys: Captured, name: str, value: object
 ) -> None:
-    table = measured(folder)
+    table = measured()
     edited(table, everywhere(name, value))
     capsys.readouterr()
     with LatencyTable.in_memory() as only:
@@ -130,8 +151,8 @@ def test_latencies_of_another_device_or_version_are_never_used_silently(
     assert str(value) in Plan.read(folder / "p.json").planned_for
 
 
-def test_chains_of_another_version_are_refused(folder: Path, capsys: Captured) -> None:
-    edited(measured(folder), everywhere("lowered_by", "0.0.1"))
+def test_chains_of_another_version_are_refused(folder: Path, measured: Measured, capsys: Captured) -> None:
+    edited(measured(), everywhere("lowered_by", "0.0.1"))
     capsys.readouterr()
     assert run(["plan", "model.onnx", "-o", "p.json", *GOAL, "--table", "table.json", "--threads", "1"]) == 2
     command = "onnx-lowrank latency request model.onnx -o request.zip --threads 1"
@@ -139,8 +160,10 @@ def test_chains_of_another_version_are_refused(folder: Path, capsys: Captured) -
     assert capsys.readouterr().err == f"error: {wanted}; measure it there: {command}\n"
 
 
-def test_what_is_missing_is_named_with_the_command_that_measures_it(folder: Path, capsys: Captured) -> None:
-    table = measured(folder)
+def test_what_is_missing_is_named_with_the_command_that_measures_it(
+    folder: Path, measured: Measured, capsys: Captured
+) -> None:
+    table = measured()
     where = f"on {HERE.label}; expected it measured there; measure it there: onnx-lowrank latency request model.onnx"
     told: list[str] = []
     options = ["plan", "model.onnx", "-o", "p.json", *GOAL, "--table", "table.json"]
@@ -158,8 +181,8 @@ def test_what_is_missing_is_named_with_the_command_that_measures_it(folder: Path
     assert not (folder / "p.json").exists()
 
 
-def test_a_goal_of_size_needs_no_table(folder: Path, capsys: Captured) -> None:
-    measured(folder)
+def test_a_goal_of_size_needs_no_table(folder: Path, measured: Measured, capsys: Captured) -> None:
+    measured()
     capsys.readouterr()
     assert run(["plan", "model.onnx", "-o", "p.json", "--keep-macs", "0.5", "--table", "table.json"]) == 2
     said = "got --keep-macs 0.5 for table.json; expected a goal that time decides"
@@ -228,11 +251,11 @@ def test_a_provider_the_script_cannot_time_is_refused(folder: Path, capsys: Capt
     assert capsys.readouterr().err == said
 
 
-def test_show_groups_by_circumstances(folder: Path, capsys: Captured) -> None:
+def test_show_groups_by_circumstances(folder: Path, measured: Measured, capsys: Captured) -> None:
     assert run(["latency", "show"]) == 0
     assert capsys.readouterr().out == "nothing was measured yet\n"
     assert run(["latency", "export", "-o", "t.json"]) == 2
-    measured(folder)
+    measured()
     capsys.readouterr()
     assert run(["latency", "show", "--json"]) == 0
     mine = capsys.readouterr().out

@@ -29,7 +29,7 @@ from tables import (
 from onnx_lowrank.allocators import ALLOCATORS, SEARCHING
 from onnx_lowrank.allocators.alds import alds, alds_authors
 from onnx_lowrank.allocators.constant_ratio import constant_ratio
-from onnx_lowrank.allocators.interfaces import interfaces, slices
+from onnx_lowrank.allocators.interfaces import interfaces, of_blocks, slices
 from onnx_lowrank.allocators.lagrangian import lagrangian
 from onnx_lowrank.allocators.lrank import lrank
 from onnx_lowrank.allocators.minimax import minimax
@@ -218,11 +218,28 @@ def test_interfaces_are_the_ranks_of_the_formats() -> None:
         "spatial_svd": [(5, (0,))],
         "spatial_svd_reversed": [(5, (1,))],
         "tucker2": [(5, ()), (7, (0, 1))],
+        "grouped_svd": [(4 * 2, (0, 1))],
+        "kronecker": [(2 * 3 * 5, (1,))],
     }
+    ranks = {"tucker2": (5, 7), "grouped_svd": (4, 2), "kronecker": (4, 2, 3, 1, 5)}
     for name, places in wanted.items():
-        chain = methods[name].chain(shape, (5, 7) if name == "tucker2" else (5,))
+        chain = methods[name].chain(shape, ranks.get(name, (5,)))
         assert [(p.channels, p.carried) for p in interfaces(chain)] == places
-        assert slices(chain) == 1
+        assert slices(chain) == (4 if name == "grouped_svd" else 1)
+        assert of_blocks(chain) == (name in {"grouped_svd", "kronecker"})
+
+
+@pytest.mark.parametrize("name", ["constant_ratio", "vbmf"])
+def test_chains_of_blocks_are_taken_only_where_no_other_fits(table: Problem, name: str) -> None:
+    """Their channels outnumber the ranks of the others at much less of the weight."""
+    whole = tuple(tuple(c for c in row if c.chain is None or not of_blocks(c.chain)) for row in table.layers)
+    blocks = tuple(tuple(c for c in row if c.chain is not None and of_blocks(c.chain)) for row in table.layers)
+    rule, least = ALLOCATORS[name], table.total(replace(table, layers=whole).cheapest())
+    spent = list[float]()
+    for budget in (1.2 * least, 2 * least, table.budget):
+        assert rule(replace(table, budget=budget)) == rule(replace(table, layers=whole, budget=budget))
+        spent.append(table.total(rule(replace(table, layers=blocks, budget=budget))))
+    assert spent == sorted(spent)
 
 
 def test_constant_ratio_is_proportional_to_the_channels(table: Problem) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from builders import model, run_model, value, worst_error
+from formats import EVERY as METHODS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -23,13 +24,11 @@ from onnx_lowrank.decomposition import Decomposition
 from onnx_lowrank.graph.layers import layers
 from onnx_lowrank.graph.model import Graph
 from onnx_lowrank.layer import Form, Layer, LayerShape
-from onnx_lowrank.passes.decompose import decompositions
 from onnx_lowrank.refit import arrays, refit
 from onnx_lowrank.regression import Chosen, Refitted, fit_chain
 from onnx_lowrank.rewrite import Replacement, splice
 from onnx_lowrank.target import Target
 
-METHODS = decompositions()
 TARGET = Target(threads=1)
 SVD = METHODS["svd"]
 INPUTS = {"residual": ("image", (3, 8, 8)), "branching": ("x", (6,)), "shared": ("x", (96,))}

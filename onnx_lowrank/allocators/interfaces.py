@@ -7,6 +7,7 @@ upper bound of the rank of that unfolding of the dense weight, whatever the form
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -29,16 +30,39 @@ class Interface:
 
 
 def interfaces(chain: Chain) -> Iterator[Interface]:
-    """Every place between two stages where all channels of the one go into the other."""
-    groups = chain.stages[-1].groups
+    """Every place between two stages; channels of a stage that is shared over modes count once per copy."""
+    groups = _groups(chain)
     carried: tuple[int, ...] = ()
-    for before, after in pairwise(chain.stages):
+    for before, _ in pairwise(chain.stages):
         carried += before.carries
-        channels = before.groups * before.out
-        if channels == after.groups * after.in_:
-            yield Interface(channels // groups, tuple(sorted(carried)))
+        yield Interface(before.groups * before.out * before.copies // groups, tuple(sorted(carried)))
+
+
+def of_blocks(chain: Chain) -> bool:
+    """Whether some stage holds blocks only: it has more groups than the layer, or is shared over modes.
+
+    Channels beside it may outnumber any rank of the weight and still hold little of it, so that they do not compare
+    with those of other formats.
+    """
+    return any(stage.groups > _groups(chain) or stage.copies > 1 for stage in chain.stages)
+
+
+def narrowest(chain: Chain) -> float:
+    """Channels between the stages where they are fewest, as a share of the layer's inputs or outputs, the fewer ones.
+
+    Infinite for a chain of one stage.
+    """
+    first, last = chain.stages[0], chain.stages[-1]
+    inputs, outputs = first.groups * first.in_ * first.copies, last.groups * last.out * last.copies
+    side = min(inputs, outputs) / _groups(chain)
+    return min((place.channels / side for place in interfaces(chain)), default=math.inf)
 
 
 def slices(chain: Chain) -> int:
     """Into how many slices of input channels the first stage divides what one group of the layer reads."""
-    return max(chain.stages[0].groups // chain.stages[-1].groups, 1)
+    return chain.stages[0].groups // _groups(chain)
+
+
+def _groups(chain: Chain) -> int:
+    """The layer's groups: every stage has a multiple of them."""
+    return min(stage.groups for stage in chain.stages)

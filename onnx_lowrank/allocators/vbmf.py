@@ -5,16 +5,19 @@ no budget. With one factor w for all layers the rank asked for is (Gusak et al.,
 
     R(w) = R_full - w (R_full - R_evb),    0 <= w <= 1,    and beyond it    R(w) = (2 - w) R_evb,    1 < w <= 2,
 
-and every layer takes its cheapest candidate with at least these ranks; w is as small as the budget allows.
+and every layer takes its cheapest candidate with at least these ranks; w is as small as the budget allows. Chains of
+blocks (`interfaces.of_blocks`) come after all others, from w = 2 on.
 """
 
 from __future__ import annotations
 
 from onnx_lowrank.allocators.equal_error import equal_error
-from onnx_lowrank.allocators.interfaces import interfaces
+from onnx_lowrank.allocators.interfaces import interfaces, of_blocks
 from onnx_lowrank.candidates import Candidate, Problem
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.spectra import Unfolding
+
+_BEYOND = 2.0  # the largest w
 
 
 def vbmf(problem: Problem) -> tuple[Candidate, ...]:
@@ -28,8 +31,11 @@ def vbmf(problem: Problem) -> tuple[Candidate, ...]:
         raise InputError("the rule vbmf without spectra", "spectra of the layers' weights", "use another rule")
 
     def weakening(candidate: Candidate) -> float:
-        places = () if candidate.chain is None else interfaces(candidate.chain)
-        return max((_weakened(p.channels, unfolding(candidate.key, p.carried)) for p in places), default=0.0)
+        chain = candidate.chain
+        if chain is None:
+            return 0.0
+        found = (_weakened(p.channels, unfolding(candidate.key, p.carried)) for p in interfaces(chain))
+        return _BEYOND * of_blocks(chain) + max(found, default=0.0)
 
     return equal_error(problem, weakening)
 
