@@ -36,7 +36,7 @@ class Candidate:
         params: Weights, per model.
         macs: Multiply-accumulates per run.
         padded_macs: The same with channel counts rounded up to the machine's block.
-        ms: Milliseconds per run with the following activation; None until timed.
+        ms: Milliseconds per run with what `micro_model` puts behind; None until timed.
         exact: Whether the rank reproduces any weight.
         probed_loss: Loss of the network's outputs, interpolated from probes; None without data.
     """

@@ -110,13 +110,15 @@ class Site:
     """One place where a layer's weight is applied: the node's key, its shapes on the target, and how often it runs.
 
     `input_shape` is that of the activation. `count` is the number of executions per run of the model (bodies of Loop
-    and Scan run often), weighted over the target's input shapes.
+    and Scan run often), weighted over the target's input shapes. `before_conv`: its output goes to a convolution (see
+    `graph.behind`), in front of which latencies are then taken.
     """
 
     node: str
     input_shape: Shape
     output_shape: Shape
     count: float = 1.0
+    before_conv: bool = False
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from onnx_lowrank.graph.tensor import make_tensor
 from onnx_lowrank.layer import Form, Layer, LayerShape, Shape, Site
 from onnx_lowrank.rewrite import flushed, lower, stage_tensor
 
+TAIL_CHANNELS = 16
 _MICRO_IR = 8
 
 
@@ -19,6 +20,10 @@ def chain_model(
     layer: Layer, chain: Chain | None, site: Site, *, elem_type: int | None = None, seed: int | None = 0
 ) -> ModelProto:
     """A model of one chain with made-up weights, its bias and the activation that follows, to be timed.
+
+    Where the layer's output goes to a convolution, one follows here too, for layer and chain alike: of `TAIL_CHANNELS`
+    outputs, kernel 1 and strides so long that it reads one position. It takes next to no time itself, but wants its
+    input in the layout of convolutions, as the one behind the layer does, and nothing reorders a large output.
 
     Args:
         layer: The layer.
@@ -49,11 +54,18 @@ def chain_model(
     nodes = lower(same_kind, chain, "chain", "x", result, "bias" if form.bias else None, weights)
     if form.activation:
         nodes.extend(_activation(same_kind, result, "y"))
+    last, size = "y", site.output_shape
+    if site.before_conv:
+        last, (batch, channels, *strides) = "z", size
+        ones = (1,) * len(strides)
+        nodes.append(helper.make_node("Conv", ["y", "tail"], ["z"], name="tail", strides=strides))
+        tensors.append(make_tensor("tail", np.full((TAIL_CHANNELS, channels, *ones), 1 / channels), kind))
+        size = (batch, TAIL_CHANNELS, *ones)
     graph = helper.make_graph(
         nodes,
         chain.method,
         [helper.make_tensor_value_info("x", kind, site.input_shape)],
-        [helper.make_tensor_value_info("y", kind, site.output_shape)],
+        [helper.make_tensor_value_info(last, kind, size)],
         tensors,
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", form.opset)], ir_version=_MICRO_IR)

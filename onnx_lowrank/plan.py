@@ -27,7 +27,7 @@ class Choice:
         method: Name of a decomposition, or "keep".
         rank: Empty for "keep".
         predicted_error: Relative Frobenius error of the weight; 0 for "keep".
-        predicted_ms: Milliseconds per run, chain and following activation; None where nothing is known.
+        predicted_ms: Milliseconds per run, with what `micro_model` puts behind the chain; None where nothing is known.
         source: Whether `predicted_ms` was "measured" or "estimated"; None without it, and in plans of earlier versions.
     """
 

@@ -19,6 +19,7 @@ from onnx_lowrank.graph.layers import layers
 from onnx_lowrank.graph.model import Graph
 from onnx_lowrank.latency.work import in_words, read_work, work_of
 from onnx_lowrank.layer import Layer, Site
+from onnx_lowrank.micro_model import TAIL_CHANNELS
 from onnx_lowrank.signature import Feeds
 from onnx_lowrank.target import Target
 
@@ -55,20 +56,29 @@ def test_words_hold_all_that_is_done(name: str) -> None:
         work = work_of(layer, chain, site)
         assert read_work(in_words(layer, chain, site)) == work
         macs = sum(s.groups * s.out * s.in_ * math.prod(s.kernel) * s.written for s in work.steps)
-        assert macs == (chain or Chain.unfactored(layer.shape)).site_macs(layer, site)
-        first, last = work.steps[0], work.steps[-1]
+        tail = TAIL_CHANNELS * layer.shape.out * site.output_shape[0] if site.before_conv else 0
+        assert macs == (chain or Chain.unfactored(layer.shape)).site_macs(layer, site) + tail
+        first, last = work.steps[0], work.steps[-2 if site.before_conv else -1]
         assert first.groups * first.in_ * first.read == math.prod(site.input_shape)
         assert last.groups * last.out * last.written == math.prod(site.output_shape)
         assert work.layer == in_words(layer, None, site)
 
 
 def test_words_are_for_readers_too() -> None:
-    layer, chain, site = next(piece for piece in found(*FEEDS["strided"]) if piece[1] and "spatial" in piece[1].method)
+    layer, chain, site = next(piece for piece in found(*FEEDS["strided"]) if is_method(piece[1], "spatial_svd"))
     assert in_words(layer, chain, site) == (
         "Conv 8->16 3x5 at 2x8x9x12 to 2x16x5x4: spatial_svd 1x1x8x3x1@5x12 1x16x1x1x5@5x4"
     )
+    layer, chain, site = next(piece for piece in found(*FEEDS["one axis"]) if is_method(piece[1], "kronecker"))
+    assert in_words(layer, chain, site) == "Conv 8->16 5 at 2x8x20 to 2x16x8: kronecker 1x1x2x1*4@20 1x16x4x5@8"
+    layer, _, site = next(found(*FEEDS["network"]))
+    assert in_words(layer, None, site) == "Conv 3->32 3x3 at 2x3x16x16 to 2x32x16x16 before Conv"
     layer, _, site = next(found(*FEEDS["half"]))
     assert in_words(layer, None, site) == "MatMul float16 128->128 at 5x128 to 5x128"
+
+
+def is_method(chain: Chain | None, name: str) -> bool:
+    return chain is not None and chain.method == name
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from onnx import NodeProto, TensorProto
 
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.graph.applied import OPERATORS, Applied, applied
+from onnx_lowrank.graph.behind import feeds_convolution
 from onnx_lowrank.graph.keys import keyed_nodes
 from onnx_lowrank.graph.macs import node_macs
 from onnx_lowrank.graph.model import Graph
@@ -128,7 +129,13 @@ def _sharing(found: Applied) -> Hashable:
 def _layer(members: Sequence[tuple[_Node, Applied]]) -> Layer:
     first, found = members[0]
     sites = [
-        Site(node.key, shapes.input_shapes[use.activation_operand], shapes.output_shapes[0], shapes.count)
+        Site(
+            node=node.key,
+            input_shape=shapes.input_shapes[use.activation_operand],
+            output_shape=shapes.output_shapes[0],
+            count=shapes.count,
+            before_conv=_before_conv(node, use),
+        )
         for node, use in members
         for shapes in node.shapes or ()
     ]
@@ -141,6 +148,15 @@ def _layer(members: Sequence[tuple[_Node, Applied]]) -> Layer:
         weight_name=found.weight.name,
         read=found.read,
     )
+
+
+def _before_conv(node: _Node, use: Applied) -> bool:
+    """Whether a convolution has another one behind it; over one axis or three they have no layout of their own."""
+    if len(use.shape.kernel) != 2:
+        return False
+    (y,) = node.proto.output
+    fused = node.scope.sole_consumer(y) if use.form.activation else None
+    return feeds_convolution(node.scope, fused.output[0] if fused else y)
 
 
 def _unfit(layer: Layer) -> str | None:

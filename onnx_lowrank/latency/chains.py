@@ -1,9 +1,9 @@
-"""Prices of chains: each is lowered as it will be written, timed alone, and remembered.
+"""Prices of chains: each is lowered as it will be written, timed in front of what its layer stands in front of.
 
 Chains of one layer take turns with the layer itself, in rounds, until their ratios are known. A price is the median
 over the rounds of (chain / layer) times the layer's own latency, so that a busy or throttled machine shifts all prices
-alike. Taking turns also empties the caches between two runs of the same chain. What was in the table before is not
-timed again. All this happens in a process of its own: a chain that it dies of has no price.
+alike. Taking turns also empties the caches between two runs of the same chain. What is in the table is not timed
+again. All this happens in a process of its own: a chain that it dies of has no price.
 """
 
 from __future__ import annotations
@@ -108,7 +108,8 @@ class Pricer(Protocol):
 def chain_key(layer: Layer, chain: Chain | None, site: Site) -> str:
     """What is timed for a chain (None: the layer itself) at a site, for latency tables."""
     stages = chain.stages if chain is not None else None
-    what = repr((layer.shape, layer.form, stages, site.input_shape, site.output_shape))
+    behind = ("Conv",) if site.before_conv else ()
+    what = repr((layer.shape, layer.form, stages, site.input_shape, site.output_shape, *behind))
     return hashlib.sha256(what.encode()).hexdigest()
 
 

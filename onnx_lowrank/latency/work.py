@@ -5,7 +5,9 @@ Latency tables hold these words beside every latency, so that a model of the mac
     Conv 64->128 3x3 at 8x64x14x14 to 8x128x7x7: spatial_svd 1x32x64x3x1@7x14 1x128x32x1x3@7x7
 
 is a layer, its input and output, and a chain of two stages, each with its weight and, for convolutions, the spatial
-size of its output. Types other than float32 are named behind the operator.
+size of its output; `*4` behind a weight: it is applied to four parts of the channels. Types other than float32 are
+named behind the operator. `before Conv` behind the output says that
+the small convolution of `micro_model` follows, whose work counts too.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ from typing import Literal
 
 from onnx import TensorProto
 
-from onnx_lowrank.chain import Chain, Stage
+from onnx_lowrank.chain import Chain
 from onnx_lowrank.layer import Layer, Shape, Site
+from onnx_lowrank.micro_model import TAIL_CHANNELS
 
 OpClass = Literal["conv", "conv 1x1", "conv one axis", "conv grouped", "matmul"]
 FLOAT32 = "float32"
@@ -33,9 +36,9 @@ BYTES = {FLOAT32: 4, "float16": 2, "bfloat16": 2, "float64": 8}
 _SIZES = r"\d+(?:x\d+)*"
 _LAYER = re.compile(
     rf"(?P<op>Conv|Gemm|MatMul)(?: (?P<type>\w*float\w+))? (?P<shape>(?:\d+\*)?\d+->\d+(?: {_SIZES})?)"
-    rf" at (?P<input>{_SIZES}) to (?P<output>{_SIZES})(?:: \w+ (?P<stages>.+))?"
+    rf" at (?P<input>{_SIZES}) to (?P<output>{_SIZES})(?P<tail> before Conv)?(?:: \w+ (?P<stages>.+))?"
 )
-_STAGE = re.compile(rf"({_SIZES})(?:@({_SIZES}))?")
+_STAGE = re.compile(rf"(?P<weight>{_SIZES})(?:\*(?P<copies>\d+))?(?:@(?P<size>{_SIZES}))?")
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,8 @@ class Step:
         out: Output channels per block.
         in_: Input channels per block.
         kernel: Kernel sizes; empty for a matrix product.
-        read: Positions of its input (batch times spatial size, or rows).
-        written: Positions of its output.
+        read: Positions of its input (batch times spatial size, or rows), times the copies of the weight.
+        written: Likewise of its output.
     """
 
     groups: int
@@ -90,10 +93,8 @@ class Work:
 
 def work_of(layer: Layer, chain: Chain | None, site: Site) -> Work:
     """The work of a chain (None: the layer itself) at a site."""
-    stages = (chain or Chain.unfactored(layer.shape)).stages
-    sizes = _spatial(layer, stages, site)
-    weights = [stage.weight for stage in stages]
-    steps = _steps(weights, sizes, site.input_shape, site.output_shape)
+    parts = _parts(layer, chain or Chain.unfactored(layer.shape), site)
+    steps = _steps(parts, site.input_shape, site.output_shape, tail=site.before_conv)
     return Work(_layer_words(layer, site), elem_type_of(layer), steps)
 
 
@@ -107,12 +108,7 @@ def in_words(layer: Layer, chain: Chain | None, site: Site) -> str:
     words = _layer_words(layer, site)
     if chain is None:
         return words
-    sizes = _spatial(layer, chain.stages, site)
-    stages = (
-        _by(stage.weight) + (f"@{_by(size)}" if size else "")
-        for stage, size in zip(chain.stages, sizes, strict=True)
-    )  # fmt: skip
-    return f"{words}: {chain.method} {' '.join(stages)}"
+    return f"{words}: {chain.method} {' '.join(map(str, _parts(layer, chain, site)))}"
 
 
 def read_work(words: str) -> Work | None:
@@ -124,47 +120,68 @@ def read_work(words: str) -> Work | None:
     groups, _, sides = match["shape"].rpartition("*")
     channels, _, kernel = sides.partition(" ")
     in_, out = (int(side) for side in channels.split("->"))
-    weights: list[Shape] = [(int(groups or 1), out, in_, *_numbers(kernel))]
-    sizes: list[Shape] = [result[2:] if kernel else ()]
+    parts = [_Part((int(groups or 1), out, in_, *_numbers(kernel)), result[2:] if kernel else ())]
     if match["stages"]:
-        found = [_STAGE.fullmatch(stage) for stage in match["stages"].split()]
-        if any(stage is None or len(_numbers(stage[1])) != len(weights[0]) for stage in found):
+        found = [_part(stage) for stage in match["stages"].split()]
+        if any(part is None or len(part.weight) != len(parts[0].weight) for part in found):
             return None
-        weights = [_numbers(stage[1]) for stage in found if stage]
-        sizes = [_numbers(stage[2] or "") for stage in found if stage]
+        parts = [part for part in found if part]
     kind = match["type"] or FLOAT32
-    if kind not in BYTES or not all(math.prod(each) for each in (source, result, *weights, *sizes)):
+    sizes = (size for part in parts for size in (*part.weight, *part.size, part.copies))
+    if kind not in BYTES or not all((*source, *result, *sizes)):
         return None
-    return Work(words.partition(": ")[0], kind, _steps(weights, sizes, source, result))
+    return Work(words.partition(": ")[0], kind, _steps(parts, source, result, tail=bool(match["tail"])))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A stage in words: its weight as (groups, out, in, *kernel), its spatial output size, and the weight's copies."""
+
+    weight: Shape
+    size: Shape
+    copies: int = 1
+
+    def __str__(self) -> str:
+        copies = f"*{self.copies}" if self.copies > 1 else ""
+        return _by(self.weight) + copies + (f"@{_by(self.size)}" if self.size else "")
+
+
+def _part(words: str) -> _Part | None:
+    match = _STAGE.fullmatch(words)
+    return match and _Part(_numbers(match["weight"]), _numbers(match["size"] or ""), int(match["copies"] or 1))
 
 
 def _layer_words(layer: Layer, site: Site) -> str:
     kind = elem_type_of(layer)
     named = layer.form.op if kind == FLOAT32 else f"{layer.form.op} {kind}"
-    return f"{named} {layer.shape} at {_by(site.input_shape)} to {_by(site.output_shape)}"
+    behind = " before Conv" if site.before_conv else ""
+    return f"{named} {layer.shape} at {_by(site.input_shape)} to {_by(site.output_shape)}{behind}"
 
 
-def _spatial(layer: Layer, stages: Sequence[Stage], site: Site) -> list[Shape]:
-    """Spatial output size of every stage; empty for matrix products."""
-    geometry, sizes = layer.form.geometry, list[Shape]()
-    size = site.input_shape[2:]
-    for stage in stages:
+def _parts(layer: Layer, chain: Chain, site: Site) -> list[_Part]:
+    """The stages; without a spatial size those of matrix products."""
+    geometry, parts = layer.form.geometry, list[_Part]()
+    size = site.input_shape[2:] if geometry else ()
+    for stage in chain.stages:
         if geometry is not None:
             size = geometry.restricted(stage.carries).output_size(size, stage.kernel)
-        sizes.append(size if geometry else ())
-    return sizes
+        parts.append(_Part((stage.groups, stage.out, stage.in_, *stage.kernel), size, stage.copies))
+    return parts
 
 
-def _steps(weights: Sequence[Shape], sizes: Sequence[Shape], source: Shape, result: Shape) -> tuple[Step, ...]:
-    convolves = len(weights[0]) > 3
-    groups, out = weights[-1][:2]
-    rows = math.prod(result) // (groups * out)
+def _steps(parts: Sequence[_Part], source: Shape, result: Shape, *, tail: bool) -> tuple[Step, ...]:
+    convolves = len(parts[0].weight) > 3
+    groups, out = parts[-1].weight[:2]
+    rows = math.prod(result) // (groups * out * parts[-1].copies)
     read = source[0] * math.prod(source[2:]) if convolves else rows
     steps: list[Step] = []
-    for (groups, out, in_, *kernel), size in zip(weights, sizes, strict=True):
-        written = source[0] * math.prod(size) if convolves else rows
-        steps.append(Step(groups, out, in_, tuple(kernel), read, written))
+    for part in parts:
+        groups, out, in_, *kernel = part.weight
+        written = source[0] * math.prod(part.size) if convolves else rows
+        steps.append(Step(groups, out, in_, tuple(kernel), part.copies * read, part.copies * written))
         read = written
+    if tail:
+        steps.append(Step(1, TAIL_CHANNELS, result[1], (1, 1), result[0], result[0]))
     return tuple(steps)
 
 

@@ -39,7 +39,10 @@ def folder_for(report: Path | None) -> Generator[None]:
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One weight-bearing node: the decision and the reason in words. Latencies are per run of the model.
+    """One weight-bearing node: the decision and the reason in words.
+
+    Latencies are per run of the model; that of the layer and that of its chain include the same activation and, in
+    front of a convolution, the same small one (see `micro_model`).
 
     `source` is "measured" or "estimated" where there are latencies, else None.
     """

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from onnx_lowrank.graph import io
@@ -85,8 +85,8 @@ class EstimatedPrices:
         self.dropped: list[Dropped] = []
 
     def price(self, jobs: Sequence[Job], progress: Progress | None = None) -> list[float | None]:
-        """Estimated milliseconds per run of the model for each job."""
-        pieces = [(index, site) for index, job in enumerate(jobs) for site in job.layer.sites]
+        """Estimated milliseconds per run of the model for each job, without the convolution that timing puts behind."""
+        pieces = [(i, replace(s, before_conv=False)) for i, job in enumerate(jobs) for s in job.layer.sites]
         works = [work_of(jobs[index].layer, jobs[index].chain, site) for index, site in pieces]
         prices = [0.0] * len(jobs)
         for (index, site), ms in zip(pieces, self._roofline.times(Features.of(works)), strict=True):
