@@ -48,7 +48,7 @@ class Case:
     Attributes:
         model: What is compared on.
         formats: What is compared.
-        name: Of the row that is lost if the process gives nothing.
+        name: Of the row of all its formats together.
         options: All further options of `compare`.
     """
 
@@ -84,7 +84,7 @@ def cases(
     for name in names:
         model = NETS[name] if name in NETS else all_models()[name]
         if default:
-            yield Case(model, default, "default" if len(default) > 1 else default[0], tuple(options))
+            yield Case(model, default, "default", tuple(options))
         for other in (other for other in formats if other not in default):
             yield Case(model, (other,), other, tuple(options))
         if together:
@@ -101,9 +101,9 @@ def run(case: Case, limit_s: float, *, again: bool = False, folder: Path = FOLDE
     with tempfile.TemporaryDirectory() as models:
         done = command.compare(original, Path(models), case.arguments(original), limit_s)
         common: dict[str, Scalar] = {"process_seconds": done.seconds, "options": " ".join(case.options)}
-        for goal in GOALS if done.error else ():
-            keys = {"model": case.model.name, "formats": case.name, "goal": goal}
-            results.put("formats", {**keys, "reached": False, "reason": done.error, **common}, KEYS, folder)
+        for keys in sorted(wanted - recorded) if done.error else ():
+            row = {**dict(zip(KEYS, keys, strict=True)), "reached": False, "reason": done.error, **common}
+            results.put("formats", row, KEYS, folder)
         for network in done.found.get("networks", ()):
             row = _network(case.model, done.found, network) | common
             results.put("formats", row, KEYS, folder)
@@ -111,7 +111,7 @@ def run(case: Case, limit_s: float, *, again: bool = False, folder: Path = FOLDE
         for row in _layers(case.model, done.found):
             results.put("formats_layers", row, LAYER_KEYS, folder)
     if done.error:
-        print(f"{case.model.name} {case.name}: {done.error}", flush=True)
+        print(f"{case.model.name} {case.rows[-1]}: {done.error}", flush=True)
 
 
 def _network(model: ZooModel, found: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Scalar]:

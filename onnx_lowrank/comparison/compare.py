@@ -30,7 +30,7 @@ from onnx_lowrank.providers import require_provider
 from onnx_lowrank.search.analysis import without_samples
 from onnx_lowrank.search.calibrated import CalibratedTable
 from onnx_lowrank.search.factorizations import FactorizationCache
-from onnx_lowrank.search.matched import MatchedGrid, share_of, worth_pricing
+from onnx_lowrank.search.matched import MatchedGrid, worth_pricing
 from onnx_lowrank.search.prepare import Prepared, prepare, tuned_for
 from onnx_lowrank.search.pricing import decomposed, grids
 from onnx_lowrank.search.source import Source, read_source
@@ -99,7 +99,7 @@ def compare(
     return Comparison(
         model=str(model),
         target=asdict(settings.target),
-        budgets=tuple(Budget(goal.kind, goal.value, share_of(goal)) for goal in goals),
+        budgets=tuple(map(Budget.of, goals)),
         params=params,
         macs=ready.survey.macs,
         layers=layers,

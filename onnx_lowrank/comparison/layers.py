@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from onnx_lowrank.candidates import Candidate
-from onnx_lowrank.comparison.model import Contender, LayerComparison, on_front
+from onnx_lowrank.comparison.model import Budget, Contender, LayerComparison, on_front
 from onnx_lowrank.goals import Goal
 from onnx_lowrank.latency.chains import ChainTimer, Job, Share
 from onnx_lowrank.progress import Phases
@@ -55,8 +55,8 @@ def _best(row: Row, goals: Sequence[Goal]) -> list[Entry]:
 
 def _contender(goal: Goal, row: Row, name: str, best: Candidate | None, share: Share | None) -> Contender:
     if best is None:
-        return Contender(str(goal), name, reason=_out_of_reach(goal, row, name))
-    found = Contender(str(goal), name, best.rank, best.error, best.params, best.macs)
+        return Contender(str(Budget.of(goal)), name, reason=_out_of_reach(goal, row, name))
+    found = Contender(str(Budget.of(goal)), name, best.rank, best.error, best.params, best.macs)
     if share is None:
         return found
     return replace(found, ms=share.layer_ms * share.of_layer, of_layer=share.of_layer, ci95=share.ci95)

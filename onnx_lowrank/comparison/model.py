@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Self
 
+from onnx_lowrank.goals import Goal
 from onnx_lowrank.report.model import Accuracy, Interval
+from onnx_lowrank.search.matched import share_of
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,11 @@ class Budget:
     kind: str
     value: float
     share: float
+
+    @classmethod
+    def of(cls, goal: Goal) -> Self:
+        """The budget a goal sets."""
+        return cls(goal.kind, goal.value, share_of(goal))
 
     def __str__(self) -> str:
         """As an option of `optimize`."""
@@ -116,6 +123,7 @@ class NetworkComparison:
         disturbed: Whether other load was noticed while timing.
         seconds: What allocation, refit and measurements of this row took.
         file: The model, if it was kept.
+        same_as: The row before whose choice of ranks this is, and whose figures these are therefore; empty: none.
         front: Whether no network compared, and not the original, has as little error and is as fast.
     """
 
@@ -137,6 +145,7 @@ class NetworkComparison:
     disturbed: bool = False
     seconds: float = 0.0
     file: str | None = None
+    same_as: str = ""
     front: bool = False
 
 

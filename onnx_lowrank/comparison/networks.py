@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 import time
 from collections import Counter
@@ -11,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from onnx_lowrank.catalogue import default_decompositions
-from onnx_lowrank.comparison.model import NetworkComparison, on_front
+from onnx_lowrank.comparison.model import Budget, NetworkComparison, on_front
+from onnx_lowrank.decomposition import Rank
 from onnx_lowrank.errors import InvalidResultError
 from onnx_lowrank.goals import Goal, Speedup
 from onnx_lowrank.latency.chains import ChainTimer
@@ -33,7 +33,8 @@ from onnx_lowrank.search.source import Source
 from onnx_lowrank.search.table import Row
 from onnx_lowrank.settings import Settings
 
-logger = logging.getLogger(__name__)
+UNITS = {"macs": "MACs", "params": "parameters"}
+Choice = tuple[tuple[str, str, Rank], ...]
 AS_IT_IS = (0.0, 1.0)  # error and latency of the original, as a share of its own
 
 
@@ -89,9 +90,11 @@ def compared_networks(
     found: list[NetworkComparison] = []
     with phases.phase("networks") as advance:
         for goal in goals:
+            built: dict[Choice, NetworkComparison] = {}
             for name, formats in teams.items():
                 started = time.perf_counter()
-                row = _network(field, name, formats, goal, models, phases)
+                row = NetworkComparison(str(Budget.of(goal)), name, formats, reached=False, reason="")
+                row = _network(row, field, goal, built, models, phases)
                 found.append(replace(row, seconds=round(time.perf_counter() - started, 2)))
                 advance(len(found), len(goals) * len(teams))
     return tuple(_with_fronts(found))
@@ -109,43 +112,57 @@ def teams_of(formats: Sequence[str]) -> Mapping[str, tuple[str, ...]]:
 
 
 def _network(
-    field: Field, name: str, formats: tuple[str, ...], goal: Goal, models: Path | None, phases: Phases
+    row: NetworkComparison,
+    field: Field,
+    goal: Goal,
+    built: dict[Choice, NetworkComparison],
+    models: Path | None,
+    phases: Phases,
 ) -> NetworkComparison:
-    none = NetworkComparison(str(goal), name, formats, reached=False, reason="")
+    """The row with what was found out; `built` are those before it whose choice was known before they were built."""
     if time.monotonic() > field.deadline:
-        return replace(none, reason="not tried: --time-limit is over")
-    settings, ground = replace(field.settings, goal=goal), field.ground(formats, goal)
-    if not any(row.factorable for row in ground.rows):
-        return replace(none, reason="it takes no layer")
-    if not isinstance(goal, Speedup):
-        sizes = ground.totals(settings)
-        problem = size_problem(ground.rows, goal, *sizes)
-        if not problem.fits(problem.cheapest()):
-            least = (problem.total(problem.cheapest()) + sizes[0] - sizes[1]) / sizes[0]
-            unit = {"macs": "MACs", "params": "parameters"}[cost_of(goal)]
-            return replace(none, reason=f"not reached: at least {least:.3f} of the {unit} remain")
-        rows = priced_by_size(ground.rows, settings, ground.allocator, ground.timer, sizes, phases)
-        ground = replace(ground, rows=rows)
+        return replace(row, reason="not tried: --time-limit is over")
+    settings, ground = replace(field.settings, goal=goal), field.ground(row.formats, goal)
+    if not any(layer.factorable for layer in ground.rows):
+        return replace(row, reason="it takes no layer")
+    if isinstance(goal, Speedup):
+        return _measured(row, ground, settings, field, models, phases)
+    sizes = ground.totals(settings)
+    problem = size_problem(ground.rows, goal, *sizes)
+    if not problem.fits(problem.cheapest()):
+        least = (problem.total(problem.cheapest()) + sizes[0] - sizes[1]) / sizes[0]
+        return replace(row, reason=f"not reached: at least {least:.3f} of the {UNITS[cost_of(goal)]} remain")
+    choice = tuple((c.key, c.method, c.rank) for c in ground.allocator(problem) if c.chain is not None)
+    if choice in built:
+        return replace(built[choice], name=row.name, formats=row.formats, same_as=built[choice].name)
+    priced = priced_by_size(ground.rows, settings, ground.allocator, ground.timer, sizes, phases)
+    built[choice] = _measured(row, replace(ground, rows=priced), settings, field, models, phases)
+    return built[choice]
+
+
+def _measured(
+    row: NetworkComparison, ground: Ground, settings: Settings, field: Field, models: Path | None, phases: Phases
+) -> NetworkComparison:
+    """The row with the figures of its network, which is realised, refitted, timed and compared."""
     with tempfile.TemporaryDirectory(prefix="network-", dir=field.folder) as room:
-        path = Path(room) / f"{goal.kind}-{goal.value:g}_{name}.onnx"
+        path = Path(room) / f"{settings.goal.kind}-{settings.goal.value:g}_{row.name}.onnx"
         try:
             analysis = pursue(ground, settings, Path(room), phases, field.deadline, foretell=False)
             report = assemble(analysis, settings, path, phases, field.scores)
         except InvalidResultError as error:
-            logger.warning("%s at %s: %s", name, goal, error)
-            return replace(none, reason=error.got)
+            return replace(row, reason=error.got)
         if models is not None:
             publish(path, models / path.name)
-    row = _measured(none, report)
+    row = _told(row, report)
     return row if models is None else replace(row, file=str(models / path.name))
 
 
-def _measured(none: NetworkComparison, report: Report) -> NetworkComparison:
+def _told(row: NetworkComparison, report: Report) -> NetworkComparison:
     time_, error = report.latency, report.fidelity["relative_error"]
     assert time_ is not None  # noqa: S101 - what is assembled on this machine was timed
-    changed = [row.method for row in report.layers if row.decision == "factorized"]
+    changed = [layer.method for layer in report.layers if layer.decision == "factorized"]
     return replace(
-        none,
+        row,
         reached=report.goal.reached,
         reason=report.goal.reason,
         used=dict(Counter(changed)),

@@ -130,8 +130,10 @@ def _networks(found: Comparison, rows: Sequence[NetworkComparison]) -> Table:
 
 
 def _closing(found: Comparison) -> Iterator[Text]:
-    mixed = [row for row in found.networks if len(row.used) > 1]
-    for row in mixed:
+    for row in found.networks:
+        if row.same_as:
+            yield Text(f"{row.name} at {row.budget} is the network of {row.same_as}")
+    for row in (row for row in found.networks if len(row.used) > 1 and not row.same_as):
         used = ", ".join(f"{name} {count}" for name, count in sorted(row.used.items(), key=lambda item: -item[1]))
         yield Text(f"{row.name} at {row.budget} chose {used}")
     yield Text(
