@@ -5,7 +5,8 @@ Latency tables hold these words beside every latency, so that a model of the mac
     Conv 64->128 3x3 at 8x64x14x14 to 8x128x7x7: spatial_svd 1x32x64x3x1@7x14 1x128x32x1x3@7x7
 
 is a layer, its input and output, and a chain of two stages, each with its weight and, for convolutions, the spatial
-size of its output. Types other than float32 are named behind the operator.
+size of its output. "4*1x32x16" is a stage shared over modes: four times as many positions. Types other than float32 are
+named behind the operator.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ _LAYER = re.compile(
     rf"(?P<op>Conv|Gemm|MatMul)(?: (?P<type>\w*float\w+))? (?P<shape>(?:\d+\*)?\d+->\d+(?: {_SIZES})?)"
     rf" at (?P<input>{_SIZES}) to (?P<output>{_SIZES})(?:: \w+ (?P<stages>.+))?"
 )
-_STAGE = re.compile(rf"({_SIZES})(?:@({_SIZES}))?")
+_STAGE = re.compile(rf"(?:(\d+)\*)?({_SIZES})(?:@({_SIZES}))?")
+Weight = tuple[int, Shape]  # how often it is applied to each position, and its sizes: groups, out, in, kernel
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Step:
         out: Output channels per block.
         in_: Input channels per block.
         kernel: Kernel sizes; empty for a matrix product.
-        read: Positions of its input (batch times spatial size, or rows).
+        read: Positions of its input (batch times spatial size, or rows; times the modes that it is shared over).
         written: Positions of its output.
     """
 
@@ -92,7 +94,7 @@ def work_of(layer: Layer, chain: Chain | None, site: Site) -> Work:
     """The work of a chain (None: the layer itself) at a site."""
     stages = (chain or Chain.unfactored(layer.shape)).stages
     sizes = _spatial(layer, stages, site)
-    weights = [stage.weight for stage in stages]
+    weights = [_weight(stage) for stage in stages]
     steps = _steps(weights, sizes, site.input_shape, site.output_shape)
     return Work(_layer_words(layer, site), elem_type_of(layer), steps)
 
@@ -109,7 +111,7 @@ def in_words(layer: Layer, chain: Chain | None, site: Site) -> str:
         return words
     sizes = _spatial(layer, chain.stages, site)
     stages = (
-        _by(stage.weight) + (f"@{_by(size)}" if size else "")
+        (f"{stage.copies}*" if stage.copies > 1 else "") + _by(_weight(stage)[1]) + (f"@{_by(size)}" if size else "")
         for stage, size in zip(chain.stages, sizes, strict=True)
     )  # fmt: skip
     return f"{words}: {chain.method} {' '.join(stages)}"
@@ -124,16 +126,17 @@ def read_work(words: str) -> Work | None:
     groups, _, sides = match["shape"].rpartition("*")
     channels, _, kernel = sides.partition(" ")
     in_, out = (int(side) for side in channels.split("->"))
-    weights: list[Shape] = [(int(groups or 1), out, in_, *_numbers(kernel))]
+    weights: list[Weight] = [(1, (int(groups or 1), out, in_, *_numbers(kernel)))]
     sizes: list[Shape] = [result[2:] if kernel else ()]
     if match["stages"]:
         found = [_STAGE.fullmatch(stage) for stage in match["stages"].split()]
-        if any(stage is None or len(_numbers(stage[1])) != len(weights[0]) for stage in found):
+        if any(stage is None or len(_numbers(stage[2])) != len(weights[0][1]) for stage in found):
             return None
-        weights = [_numbers(stage[1]) for stage in found if stage]
-        sizes = [_numbers(stage[2] or "") for stage in found if stage]
+        weights = [(int(stage[1] or 1), _numbers(stage[2])) for stage in found if stage]
+        sizes = [_numbers(stage[3] or "") for stage in found if stage]
     kind = match["type"] or FLOAT32
-    if kind not in BYTES or not all(math.prod(each) for each in (source, result, *weights, *sizes)):
+    counts = (source, result, *sizes, *((copies, *weight) for copies, weight in weights))
+    if kind not in BYTES or not all(math.prod(each) for each in counts):
         return None
     return Work(words.partition(": ")[0], kind, _steps(weights, sizes, source, result))
 
@@ -155,15 +158,19 @@ def _spatial(layer: Layer, stages: Sequence[Stage], site: Site) -> list[Shape]:
     return sizes
 
 
-def _steps(weights: Sequence[Shape], sizes: Sequence[Shape], source: Shape, result: Shape) -> tuple[Step, ...]:
-    convolves = len(weights[0]) > 3
-    groups, out = weights[-1][:2]
-    rows = math.prod(result) // (groups * out)
+def _weight(stage: Stage) -> Weight:
+    return stage.copies, (stage.groups, stage.out, stage.in_, *stage.kernel)
+
+
+def _steps(weights: Sequence[Weight], sizes: Sequence[Shape], source: Shape, result: Shape) -> tuple[Step, ...]:
+    copies, (groups, out, *kernel) = weights[-1]
+    convolves = len(kernel) > 1
+    rows = math.prod(result) // (copies * groups * out)
     read = source[0] * math.prod(source[2:]) if convolves else rows
     steps: list[Step] = []
-    for (groups, out, in_, *kernel), size in zip(weights, sizes, strict=True):
+    for (copies, (groups, out, in_, *kernel)), size in zip(weights, sizes, strict=True):
         written = source[0] * math.prod(size) if convolves else rows
-        steps.append(Step(groups, out, in_, tuple(kernel), read, written))
+        steps.append(Step(groups, out, in_, tuple(kernel), copies * read, copies * written))
         read = written
     return tuple(steps)
 
