@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from benchmarks import formats
+from benchmarks import candidate_table, formats
 from benchmarks.accuracy import samples
 from benchmarks.accuracy.experiment import Case, record
 from benchmarks.accuracy.sweeps import Sweep, fashion
@@ -27,6 +28,9 @@ from benchmarks.zoo.cache import Arrays, load_arrays
 from benchmarks.zoo.evaluate import Fidelity, evaluate, paired
 from benchmarks.zoo.model import LABEL, SOURCE, Outputs, Scores, ZooModel
 from benchmarks.zoo.wordnet import labelled
+from onnx_lowrank.catalogue import all_decompositions
+from onnx_lowrank.graph.layers import layers
+from onnx_lowrank.graph.model import Graph
 
 
 @dataclass(frozen=True)
@@ -261,3 +265,18 @@ def test_a_comparison_through_the_command_line(zoo: Path, tmp_path: Path) -> Non
     rows = results.recorded("formats_layers", tmp_path)
     assert {row["layer"] for row in rows} == {"conv"}
     assert str(tmp_path) not in (tmp_path / "formats.json").read_text()
+
+
+def test_the_candidate_table_and_the_svds_of_its_unfoldings(tmp_path: Path) -> None:
+    path, shapes = tmp_path / "model.onnx", {"x": (1, 16, 8, 8)}
+    onnx.save(conv_model((1, 16, 8, 8), (24, 16, 3, 3), pads=[1] * 4), path)
+    (layer,) = layers(Graph(onnx.load(path)))[0]
+    found = candidate_table.unfoldings(layer, candidate_table.closed_forms())
+    expected = [(1, 24, 144), (1, 216, 16), (1, 72, 48), (1, 72, 48), *((k, 24, 144 // k) for k in (2, 4, 8, 16))]
+    assert Counter(expected) <= Counter(matrix.shape for matrix in found)
+    energy = float(np.linalg.norm(layer.read()))
+    assert all(np.linalg.norm(matrix) == pytest.approx(energy) for matrix in found)
+    seconds, count, peak = candidate_table.bare(path, shapes, np.float32)
+    assert (count, seconds > 0, peak > 1) == (len(found), True, True)
+    assert candidate_table.table(path, shapes, "all")[1] > 20
+    assert set(candidate_table.ITERATIVE) < set(all_decompositions())

@@ -202,6 +202,7 @@ def test_labels_are_scored(folder: Path, capsys: Captured) -> None:
 
 def test_samples_from_anywhere(folder: Path, capsys: Captured) -> None:
     """The same samples as a file, a folder and a function make the same plan, but for what they are called."""
+    save(network(32), folder)
     images = np.random.default_rng(0).standard_normal((6, 3, 16, 16)).astype(np.float32)
     np.savez("data.npz", image=images)
     Path("samples").mkdir()

@@ -21,7 +21,8 @@ from roads import network, save
 ROOT = Path(__file__).parent.parent
 SECTION = re.compile(r"^## Add a decomposition\n(.*?)^## ", re.DOTALL | re.MULTILINE)
 FILE = re.compile(r"`([\w.]+)`[^`]*\n\n```(?:python|toml)\n(.*?)```", re.DOTALL)
-COMMANDS = re.compile(r"\n```\n(.*?)```", re.DOTALL)
+QUICK = ("--time-limit", "1")
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def followed(section: str, tmp_path_factory: pytest.TempPathFactory, latencies: 
     folder, site = tmp_path_factory.mktemp("plugin"), tmp_path_factory.mktemp("site")
     for name, text in FILE.findall(section):
         (folder / name).write_text(text)
-    save(network(), folder)
+    save(network(32), folder)
     images = np.random.default_rng(0).standard_normal((64, 3, 16, 16)).astype(np.float32)
     np.savez(folder / "data.npz", image=images)
     environment = os.environ | {
@@ -65,9 +66,10 @@ def followed(section: str, tmp_path_factory: pytest.TempPathFactory, latencies: 
         "PIP_DISABLE_PIP_VERSION_CHECK": "1",
     }
     said: dict[str, str] = {}
-    for block in COMMANDS.findall(section):
-        for line in block.splitlines():
-            command = shlex.split(line)
+    for commands in (text for language, text in FENCED.findall(section) if not language):
+        for line in commands.splitlines():
+            # The only liberty: races between models are cut short.
+            command = [*shlex.split(line), *(QUICK if " optimize " in line else ())]
             done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
             assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
             said[command[1]] = done.stdout
@@ -96,13 +98,11 @@ def test_it_is_chosen_refitted_and_reported(followed: Followed) -> None:
         assert row["error_refit"] is not None
         assert row["error_refit"] < row["error"]
     assert report["goal"]["reached"]
-    head = next(row for row in report["layers"] if row["name"] == "head")
-    assert head["method"] != "decoupling"
 
 
 def test_what_it_refuses_is_told(followed: Followed) -> None:
-    text = (followed.folder / "report" / "report.json").read_text()
-    assert "64*1->1 3x3 is no two-dimensional convolution of one group" in text
+    reasons = {row["name"]: row["reason"] for row in followed.report["layers"]}
+    assert reasons["head"] == "32->10 is no two-dimensional convolution of one group"
 
 
 def test_its_stages_stand_in_the_graph_and_compute_what_was_reported(followed: Followed) -> None:
@@ -113,7 +113,7 @@ def test_its_stages_stand_in_the_graph_and_compute_what_was_reported(followed: F
     assert {f"{layer}/decoupling_0", f"{layer}/decoupling_1"} <= set(names)
     feeds = {"image": np.random.default_rng(1).standard_normal((8, 3, 16, 16)).astype(np.float32)}
     told = followed.report["fidelity"]["relative_error"]
-    assert worst_error(run_model(network(), feeds), run_model(small, feeds)) < 2 * told
+    assert worst_error(run_model(network(32), feeds), run_model(small, feeds)) < 2 * told
 
 
 def test_apply_gives_the_same_bytes(followed: Followed) -> None:

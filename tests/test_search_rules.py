@@ -193,12 +193,12 @@ def test_a_killed_search_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(Probes, "loss", counted)
     with pytest.raises(KilledError):
-        ride(network(), tmp_path, asked)
+        ride(network(32), tmp_path, asked)
     assert len(searched) == limit
     limit = 1000
-    first = ride(network(), tmp_path, asked)
+    first = ride(network(32), tmp_path, asked)
     whole = len(searched)
-    again = ride(network(), tmp_path, asked)
+    again = ride(network(32), tmp_path, asked)
     assert 12 <= whole <= 2 * 12  # the goal's search and its neighbour's, the killed one's measurements included
     assert len(searched) == whole
     assert first.report.goal.reached

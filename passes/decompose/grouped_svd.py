@@ -22,7 +22,7 @@ import numpy as np
 from onnx_lowrank.chain import Chain, Stage
 from onnx_lowrank.decomposition import Decomposition, Factorization, Rank, aligned
 from onnx_lowrank.layer import Array, LayerShape
-from onnx_lowrank.linalg import NestedFit, spectrum, whitened_rows
+from onnx_lowrank.linalg import NestedFit, singular_values, spectrum, tail, whitened_rows
 from onnx_lowrank.passes.decompose.whitened import usable
 
 
@@ -42,9 +42,7 @@ class Slices(Factorization):
 
     def error(self, rank: Rank) -> float:
         """Relative Frobenius error, exact."""
-        squares = np.square(self._of(rank[0]))
-        total = float(squares.sum())
-        return math.sqrt(float(squares[:, rank[1] :].sum()) / total) if total > 0 else 0.0
+        return tail(self._of(rank[0]), rank[1])
 
     def spectral_error(self, rank: Rank) -> float:
         """The bound of ALDS's theorem 1: sqrt(k) max_i sigma_{i,j+1} / ||W||_2; W is the whole unfolding."""
@@ -57,10 +55,7 @@ class Slices(Factorization):
 
     def _of(self, count: int) -> Array:
         if count not in self._values:
-            cut = _slices(self._weight, count).astype(np.float64, copy=False)
-            flat = cut if cut.shape[1] <= cut.shape[2] else cut.swapaxes(1, 2)
-            values = np.linalg.eigvalsh(flat @ flat.swapaxes(1, 2))[:, ::-1]
-            self._values[count] = np.sqrt(np.clip(values, 0.0, None))
+            self._values[count] = singular_values(_slices(self._weight, count))
         return self._values[count]
 
 

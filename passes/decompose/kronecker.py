@@ -23,43 +23,62 @@ from typing import ClassVar
 import numpy as np
 
 from onnx_lowrank.chain import Chain
-from onnx_lowrank.decomposition import Rank, spaced
+from onnx_lowrank.decomposition import Factorization, Rank, spaced
 from onnx_lowrank.layer import Array, LayerShape, Shape
-from onnx_lowrank.linalg import Spectrum, spectrum
-from onnx_lowrank.passes.decompose.network import ON_REQUEST, Link, NetworkFormat, network
+from onnx_lowrank.linalg import Spectrum, singular_values, spectrum, tail
+from onnx_lowrank.passes.decompose.network import ON_REQUEST, Algorithm, Link, NetworkFormat, network
+from onnx_lowrank.passes.decompose.whitened import usable
 
 _SHAPES = 3  # of each kind: shapes of A with few multiply-accumulates per term, and with few weights
 _TERMS = 6
 _FINE = 32  # exact terms: of less than that, one term more or less is a large step
 
 
-class VanLoan:
-    """The rearranged weight decomposed, once for all ranks of one shape of A; the last shape's is kept.
+class VanLoan(Factorization):
+    """The rearranged weight of every shape of A asked for; errors are exact for any number of terms.
+
+    Singular values are kept, vectors of the last shape only: those of all shapes would be many times the weight.
 
     Args:
-        weight: (1, S, C, *kernel).
+        weight: (1, S, C, *kernel), float64.
     """
 
     def __init__(self, weight: Array) -> None:
         self._weight = weight[0]
+        self._values: dict[Shape, Array] = {}
         self._made: tuple[Shape, Spectrum] | None = None
+        unfolding = self._weight.reshape(len(self._weight), -1)
+        largest = float(np.linalg.eigvalsh(unfolding @ unfolding.T)[-1])
+        self._scale = float(np.linalg.norm(unfolding)) / math.sqrt(largest) if largest > 0 else 0.0
 
-    def __call__(self, rank: Rank) -> tuple[Array, ...]:
+    def error(self, rank: Rank) -> float:
+        """Relative Frobenius error, exact."""
+        mine, terms = rank[:-1], rank[-1]
+        if mine not in self._values:
+            self._values[mine] = singular_values(self._rearranged(mine))
+        return tail(self._values[mine], terms)
+
+    def spectral_error(self, rank: Rank) -> float:
+        """Frobenius norm of what is cut, relative to the output unfolding's largest singular value: an upper bound."""
+        return self.error(rank) * self._scale
+
+    def factors(self, rank: Rank) -> tuple[Array, ...]:
         """B (1, S2, R, C2, *k2) and A (1, S1, C1, R, *k1)."""
         *mine, terms = rank
         theirs = [whole // part for whole, part in zip(self._weight.shape, mine, strict=True)]
-        a, b = self._cut(tuple(mine)).truncated(terms)
+        if self._made is None or self._made[0] != tuple(mine):
+            self._made = tuple(mine), spectrum(self._rearranged(tuple(mine)))
+        a, b = self._made[1].truncated(terms)
         left = np.moveaxis(a[0].reshape(*mine, terms), -1, 2)
         right = np.moveaxis(b[0].reshape(terms, *theirs), 0, 1)
         return right[None], left[None]
 
-    def _cut(self, mine: Shape) -> Spectrum:
-        if self._made is None or self._made[0] != mine:
-            pairs = [(part, whole // part) for whole, part in zip(self._weight.shape, mine, strict=True)]
-            split = self._weight.reshape([size for pair in pairs for size in pair])
-            rows = split.transpose([*range(0, split.ndim, 2), *range(1, split.ndim, 2)])
-            self._made = mine, spectrum(rows.reshape(1, math.prod(mine), -1))
-        return self._made[1]
+    def _rearranged(self, mine: Shape) -> Array:
+        """Rows (s1, c1, A's kernel), columns (s2, c2, B's kernel); a stack of one."""
+        pairs = [(part, whole // part) for whole, part in zip(self._weight.shape, mine, strict=True)]
+        split = self._weight.reshape([size for pair in pairs for size in pair])
+        rows = split.transpose([*range(0, split.ndim, 2), *range(1, split.ndim, 2)])
+        return rows.reshape(1, math.prod(mine), -1)
 
 
 @dataclass(frozen=True)
@@ -132,9 +151,15 @@ class Kronecker(NetworkFormat):
         links = (Link("d", "tr", first), Link("cr", "s", last))
         return network(self.name, shape, links, "cd", "st", sizes)
 
-    def algorithm(self, weight: Array) -> VanLoan:
+    def factorize(self, weight: Array, gram: Array | None = None, *, most: Rank | None = None) -> Factorization:
+        """One SVD for all terms of a shape of A; in the metric of the outputs every rank is fitted by itself."""
+        if usable(gram) is None:
+            return VanLoan(weight.astype(np.float64, copy=False))
+        return super().factorize(weight, gram, most=most)
+
+    def algorithm(self, weight: Array) -> Algorithm:
         """The SVD of the rearranged weight."""
-        return VanLoan(weight)
+        return VanLoan(weight).factors
 
     def misfit(self, shape: LayerShape, rank: Rank) -> str | None:
         """The shape of A has to divide that of the weight, the kernel axis by axis wholly or not at all."""
