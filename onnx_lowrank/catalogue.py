@@ -179,7 +179,7 @@ def _fault(item: object) -> str | None:
         return "is neither a pass nor a decomposition"
     if missing := sorted(getattr(item, "__abstractmethods__", ())):
         return f"lacks {', '.join(missing)}"
-    if not is_dataclass(item) or not item.__dataclass_params__.frozen:
+    if not is_dataclass(item) or item.__setattr__ is object.__setattr__:
         return "is no frozen dataclass"
     if not isinstance(getattr(item, "name", None), str):
         return "has no name"

@@ -128,8 +128,8 @@ class Half(Decomposition):
     def ranks(self, shape, block): ...
     def chain(self, shape, rank): ...
 """
-MUTABLE = PLUGIN.replace("RemoveIdentity", "Pass").replace("passes.normalize", "transform").replace("(frozen=True)", "")
-MUTABLE += "    def run(self, graph): ...\n"
+BARE = PLUGIN.replace("RemoveIdentity", "Pass").replace("passes.normalize", "transform").replace("(frozen=True)", "")
+MUTABLE = f"{BARE}    def run(self, graph): ...\n"
 
 
 @pytest.mark.parametrize(
