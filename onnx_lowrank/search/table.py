@@ -104,7 +104,8 @@ def row_of(
     ranks: dict[str, Sequence[Rank]] = {}
     for method in accepted:
         exact = method.exact_rank(layer.shape)
-        ranks[method.name] = ([exact] if exact else []) if exact_only else method.ranks(layer.shape, grid.step)
+        step = grid.depthwise_step if method.depthwise else grid.step
+        ranks[method.name] = ([exact] if exact else []) if exact_only else method.ranks(layer.shape, step)
         if not ranks[method.name]:
             refusals[method.name] = f"no rank of {layer.shape} has fewer weights than the layer"
     options: list[Candidate] = []
