@@ -50,12 +50,15 @@ class Decomposition(ABC):
     Attributes:
         name: As in the literature.
         on_request: Why the format is tried only where the user names it; empty: it is tried by default.
+        depthwise: Whether there are depthwise stages between the ranks' channels. Kernels take these fast in whole
+            channel blocks only, so `ranks` is given the machine's block even where time does not count.
         structure: How many leading entries of a rank say how the weight is arranged, not how much of it is kept;
             negative: all entries but so many. Errors fall with the rank among ranks that agree in them.
     """
 
     name: ClassVar[str]
     on_request: ClassVar[str] = ""
+    depthwise: ClassVar[bool] = False
     structure: ClassVar[int] = 0
 
     @abstractmethod

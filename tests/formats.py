@@ -23,7 +23,7 @@ def some_ranks(method: Decomposition, shape: LayerShape) -> list[Rank]:
     """Every rank the layer can have where they are few; else some of those that are priced. The exact one is last."""
     limit = method.exact_rank(shape)
     assert limit is not None
-    if not method.on_request and math.prod(limit) <= 64:
+    if not method.on_request and method not in _QUICK and math.prod(limit) <= 64:
         return [tuple(int(i) + 1 for i in index) for index in _indices(limit)]
     priced = [rank for rank in method.ranks(shape, 1) if rank != limit]
     return [*priced[:: max(1, len(priced) // FEW)], limit]

@@ -126,4 +126,4 @@ def test_goals_of_size_see_ranks_within_a_block_of_narrow_layers_only(
     sides: tuple[int, int], block: int, step: int
 ) -> None:
     grid = Grid.of_size(LayerShape(1, *sides, (3, 3)), block)
-    assert (grid.step, grid.block) == (step, 1)
+    assert (grid.step, grid.depthwise_step, grid.block) == (step, block, 1)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tensorly.cp_tensor import cp_to_tensor
 from tensorly.decomposition import parafac
 
-from onnx_lowrank.layer import Array, Shape
+from onnx_lowrank.layer import Array, LayerShape, Shape
 from onnx_lowrank.passes.decompose.cp import Cp, CpFit
 from onnx_lowrank.passes.decompose.cp_als import Problem, Terms, exact_terms
 
@@ -79,3 +79,23 @@ def test_terms_that_cancel_are_not_usable() -> None:
     first, middle, last = made.factors((4,))
     assert made.usable((4,), (first, middle, last))
     assert not made.usable((4,), (first, middle * 100, last))
+
+
+@pytest.mark.parametrize("block", [1, 8, 16])
+@pytest.mark.parametrize(
+    "shape", [LayerShape(1, 64, 48, (3, 3)), LayerShape(2, 20, 12, (5, 1)), LayerShape(1, 3, 2, (2,))]
+)
+def test_ranks_end_at_half_of_the_weights(shape: LayerShape, block: int) -> None:
+    method = Cp()
+    shares = [method.chain(shape, rank).params / shape.params for rank in method.ranks(shape, block)]
+    assert shares
+    assert max(shares) <= 0.5 or len(shares) == 1
+
+
+def test_layers_that_take_minutes_to_fit_are_refused_unless_asked_for() -> None:
+    wide = LayerShape(2, 256, 256, (3, 3))
+    assert Cp().refusal(wide) == (
+        f"{wide} has 589824 weights: it takes minutes to fit, unless cp{{largest=589824}} asks for it"
+    )
+    assert Cp(largest=589824).refusal(wide) is None
+    assert Cp().refusal(LayerShape(1, 128, 128, (3, 3))) is None

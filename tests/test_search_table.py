@@ -124,7 +124,7 @@ def test_the_table_holds_what_each_layer_could_become(tmp_path: Path) -> None:
     by_name = {r.layer.key: r for r in rows}
     assert {o.method for o in by_name["body/2"].options} >= {"keep", "spatial_svd"}
     assert by_name["body/2"].refusals == {}
-    assert set(by_name["head"].refusals) == {"svd_input", "spatial_svd", "spatial_svd_reversed", "tucker2"}
+    assert set(by_name["head"].refusals) == {"svd_input", "spatial_svd", "spatial_svd_reversed", "tucker2", "cp"}
     for r in rows:
         assert r.keep is r.options[0]
         assert r.keep.method == "keep"
@@ -133,6 +133,15 @@ def test_the_table_holds_what_each_layer_could_become(tmp_path: Path) -> None:
         for name in accepted:
             assert sum(option.method == name for option in r.options) <= 12
     assert set(cache) == {(r.layer.key, m.name) for r in rows for m in METHODS if m.name not in r.refusals}
+
+
+def test_depthwise_stages_fill_channel_blocks_for_goals_of_size_too(tmp_path: Path) -> None:
+    cache = FactorizationCache(1 << 30, tmp_path)
+    rows = tabulate(network_layers(), METHODS, lambda layer: Grid.of_size(layer.shape, 2), cache, silent)
+    ranks = {name: {o.rank[0] for r in rows for o in r.options if o.method == name} for name in ("cp", "spatial_svd")}
+    assert ranks["cp"]
+    assert all(rank == 1 or rank % 2 == 0 for rank in ranks["cp"])
+    assert any(rank > 1 and rank % 2 for rank in ranks["spatial_svd"])
 
 
 def test_exact_ranks_only(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ class MatchedGrid(Grid):
     @classmethod
     def near(cls, goals: Sequence[Goal], shape: LayerShape, block: int) -> Self:
         """The grid of a layer on a machine with channel blocks of `block`."""
-        return cls(block, block, fine=Grid.of_size(shape, block).step, goals=tuple(goals))
+        return cls(block, block, block, fine=Grid.of_size(shape, block).step, goals=tuple(goals))
 
     def ranks(self, method: Decomposition, shape: LayerShape) -> Sequence[Rank]:
         """Those for size and those for speed, as far as there are such budgets."""
@@ -82,7 +82,8 @@ class MatchedGrid(Grid):
         return list(kept)
 
     def _ranks(self, method: Decomposition, shape: LayerShape, goal: Goal) -> Sequence[Rank]:
-        return method.ranks(shape, self.step if isinstance(goal, Speedup) else self.fine)
+        fast = isinstance(goal, Speedup) or method.depthwise
+        return method.ranks(shape, self.step if fast else self.fine)
 
 
 def highest(method: Decomposition, sizes: dict[Rank, float], limit: float) -> list[Rank]:

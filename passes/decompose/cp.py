@@ -6,6 +6,8 @@ depthwise convolution per spatial axis (4-way in two dimensions; Lebedev et al.,
 Fitted by alternating least squares from several starts, the first one being the terms of the next lower rank so far.
 Where the terms have grown they are corrected at an error at most 1 % larger (Phan et al., ECCV 2020; see `cp_als`).
 What is still degenerate then is not used: its rank gets the terms of a lower one.
+
+Ranks end at half of the layer's weights: most terms have grown beyond, and their fits take longer than all others.
 """
 
 from __future__ import annotations
@@ -89,7 +91,7 @@ class CpBase(Decomposition):
     Options are `restarts`, random starts besides the terms of the next lower rank, and `sweeps`, at most.
     """
 
-    on_request: ClassVar[str] = "every rank is fitted by iteration, minutes for wide layers"
+    depthwise: ClassVar[bool] = True
     restarts: int
     sweeps: int
 
@@ -106,9 +108,10 @@ class CpBase(Decomposition):
         return None
 
     def ranks(self, shape: LayerShape, block: int) -> Sequence[Rank]:
-        """Few ranks, with fewer weights than the dense layer."""
+        """Few ranks, with at most half the weights of the dense layer; rank one where that leaves none."""
         taps = sum(math.prod(shape.kernel[axis] for axis in axes) for axes in self.axes(shape))
-        limit = (shape.out * shape.inputs - 1) // (shape.in_ + taps + shape.out)
+        weights, each = shape.out * shape.inputs, shape.in_ + taps + shape.out
+        limit = max(weights // (2 * each), min((weights - 1) // each, 1))
         return [(rank,) for rank in spaced(min(limit, *self.exact_rank(shape)), block)]
 
     def chain(self, shape: LayerShape, rank: Rank) -> Chain:
@@ -146,21 +149,34 @@ class CpBase(Decomposition):
 
 @dataclass(frozen=True)
 class Cp(CpBase):
-    """CP with the kernel in one depthwise stage: 1x1 C->R, depthwise kxk, 1x1 R->S."""
+    """CP with the kernel in one depthwise stage: 1x1 C->R, depthwise kxk, 1x1 R->S.
 
-    restarts: int = 1
+    `largest` are the weights of one group beyond which it refuses: fits by iteration take minutes there.
+    """
+
+    restarts: int = 0
     sweeps: int = 60
+    largest: int = 1 << 18
     name: ClassVar[str] = "cp"
 
     def axes(self, shape: LayerShape) -> Sequence[Shape]:
         """All of them together."""
         return [tuple(range(len(shape.kernel)))]
 
+    def refusal(self, shape: LayerShape) -> str | None:
+        """Refuse in addition what takes minutes to fit."""
+        if (sentence := super().refusal(shape)) is not None:
+            return sentence
+        if (weights := shape.out * shape.inputs) > self.largest:
+            return f"{shape} has {weights} weights: it takes minutes to fit, unless cp{{largest={weights}}} asks for it"
+        return None
+
 
 @dataclass(frozen=True)
 class CpSpatial(CpBase):
     """CP with a depthwise stage per spatial axis: 1x1 C->R, depthwise kh x 1, depthwise 1 x kw, 1x1 R->S."""
 
+    on_request: ClassVar[str] = "every rank is fitted by iteration, and cp is as good with one stage fewer"
     restarts: int = 1
     sweeps: int = 60
     name: ClassVar[str] = "cp_spatial"
