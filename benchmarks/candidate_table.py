@@ -1,10 +1,15 @@
-"""Time of the candidate table against bare SVDs of the same unfoldings: `python -m benchmarks.candidate_table [MODEL]`.
+"""Time of the candidate table against bare SVDs of the same unfoldings.
 
-The table holds the error of every rank of every format that is not fitted rank by rank by iteration; nothing is timed
+    python -m benchmarks.candidate_table [MODEL] [--turns 1]
+
+The table holds the error of every rank of every format that is not fitted rank by rank by iteration; no chain is timed
 for it. Against it stands one LAPACK SVD (numpy's, thin, both sides' vectors) of every unfolding of a weight that these
-formats cut, in the weights' own precision and in double precision. Both have one processor and one BLAS thread and are
-measured by that thread's clock, in turns, each time in a process of its own. Peak memory is that of a process with all
-processors, which decomposes several layers at once. The row goes to `benchmarks/results/candidate_table.json`.
+formats cut, in single precision, as the weights are (the table is made in double). Both have one processor and one BLAS
+thread and are measured by that thread's clock, in turns, each in a process of its own. Peak memory is that of the table
+with all processors, which decomposes several layers at once.
+
+Every turn adds a row to `benchmarks/results/candidate_table.json`; "median" is the row of all turns so far, with the
+95 % interval of the ratio's median.
 """
 
 from __future__ import annotations
@@ -44,7 +49,9 @@ from onnx_lowrank.settings import Settings
 # Alternating least squares or orthogonal iteration at every rank.
 ITERATIVE = {"block_term", "cp", "cp_spatial", "semi_tensor", "semi_tensor_ring", "semi_tensor_train", "tensor_ring"}
 BLOCK = 16  # channels, as AVX-512 kernels have them
-KEYS = ("model", "svd")
+NAME = "candidate_table"
+KEYS = ("model", "turn")
+MEDIAN = "median"
 Measured = tuple[float, int, float]
 
 
@@ -52,40 +59,46 @@ def main(words: Sequence[str] | None = None) -> int:
     """Measure in turns, record, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="hed", help="of the zoo (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="turns (%(default)s)")
+    parser.add_argument("--turns", type=int, default=1, help="to be added to those on record (%(default)s)")
     parser.add_argument("--results", type=Path, default=results.FOLDER, help="folder of the result file (%(default)s)")
     asked = parser.parse_args(words)
-    found = measure(asked.model, asked.rounds)
-    for row in found:
-        results.put("candidate_table", row, KEYS, asked.results)
-    print(results.table(found))
+    named = all_models()[asked.model]
+    path, shapes = named.build(default_cache()), dict(_size(text) for text in named.inputs)
+    for _ in range(asked.turns):
+        rows = [row for row in results.recorded(NAME, asked.results) if row["model"] == asked.model]
+        rows = [row for row in rows if row["turn"] != MEDIAN]
+        rows.append({"model": asked.model, "turn": str(len(rows) + 1), **turn(path, shapes)})
+        for row in (rows[-1], {"model": asked.model, "turn": MEDIAN, **median(rows)}):
+            results.put(NAME, row, KEYS, asked.results)
+    print(results.table(results.recorded(NAME, asked.results)))
     return 0
 
 
-def measure(model: str, rounds: int) -> list[results.Row]:
-    """A row for each precision of the bare SVDs."""
-    named = all_models()[model]
-    path, shapes = named.build(default_cache()), dict(_size(text) for text in named.inputs)
-    _, candidates, peak = _alone(table, path, shapes, "all")
-    works = ((table, "one"), (bare, np.float32), (bare, np.float64))
-    turns = [[_alone(work, path, shapes, how) for work, how in works] for _ in range(rounds)]
-    rows: list[results.Row] = []
-    for column, precision in ((1, "float32"), (2, "float64")):
-        ratio = ratio_of(np.array([turn[0][0] / turn[column][0] for turn in turns]))
-        rows.append({
-            "model": model,
-            "svd": precision,
-            "candidates": candidates,
-            "unfoldings": turns[0][column][1],
-            "table_seconds": round(float(np.median([turn[0][0] for turn in turns])), 2),
-            "svd_seconds": round(float(np.median([turn[column][0] for turn in turns])), 2),
-            "ratio": round(ratio.value, 3),
-            "low": round(ratio.low, 3),
-            "high": round(ratio.high, 3),
-            "rounds": rounds,
-            "peak_mib": round(peak),
-        })  # fmt: skip
-    return rows
+def turn(path: Path, shapes: dict[str, Shape]) -> results.Row:
+    """Everything once."""
+    _, _, peak = _alone(table, path, shapes, "all")
+    seconds, candidates, _ = _alone(table, path, shapes, "one")
+    svd_seconds, unfolded, _ = _alone(bare, path, shapes)
+    return {
+        "candidates": candidates,
+        "unfoldings": unfolded,
+        "table_seconds": round(seconds, 2),
+        "svd_seconds": round(svd_seconds, 2),
+        "ratio": round(seconds / svd_seconds, 3),
+        "peak_mib": round(peak),
+    }
+
+
+def median(rows: Sequence[results.Row]) -> results.Row:
+    """Median of every number, and the interval of the ratio."""
+    numbers = {key: [float(str(row[key])) for row in rows] for key in rows[0] if key not in KEYS}
+    ratio = ratio_of(np.array(numbers["ratio"]))
+    return {
+        **{key: round(float(np.median(values)), 3) for key, values in numbers.items()},
+        "low": round(ratio.low, 3),
+        "high": round(ratio.high, 3),
+        "peak_mib": max(numbers["peak_mib"]),
+    }
 
 
 def table(path: Path, shapes: dict[str, Shape], processors: Literal["all", "one"]) -> Measured:
@@ -102,13 +115,13 @@ def table(path: Path, shapes: dict[str, Shape], processors: Literal["all", "one"
     return seconds, count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def bare(path: Path, shapes: dict[str, Shape], dtype: type[np.floating]) -> Measured:
+def bare(path: Path, shapes: dict[str, Shape]) -> Measured:
     """Seconds of the thread for the SVDs, their number, and the process's peak memory in MiB."""
     seconds, count = 0.0, 0
     with threadpool_limits(1):
         for layer in _layers(path, shapes):
             for matrix in unfoldings(layer, closed_forms()):
-                stack = np.ascontiguousarray(matrix, dtype)
+                stack = np.ascontiguousarray(matrix, np.float32)
                 start = time.thread_time()
                 np.linalg.svd(stack, full_matrices=False)
                 seconds += time.thread_time() - start

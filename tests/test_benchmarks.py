@@ -276,7 +276,7 @@ def test_the_candidate_table_and_the_svds_of_its_unfoldings(tmp_path: Path) -> N
     assert Counter(expected) <= Counter(matrix.shape for matrix in found)
     energy = float(np.linalg.norm(layer.read()))
     assert all(np.linalg.norm(matrix) == pytest.approx(energy) for matrix in found)
-    seconds, count, peak = candidate_table.bare(path, shapes, np.float32)
+    seconds, count, peak = candidate_table.bare(path, shapes)
     assert (count, seconds > 0, peak > 1) == (len(found), True, True)
-    assert candidate_table.table(path, shapes, "all")[1] > 20
+    assert candidate_table.table(path, shapes, "all")[1] > 5
     assert set(candidate_table.ITERATIVE) < set(all_decompositions())
