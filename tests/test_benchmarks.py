@@ -235,11 +235,11 @@ def test_a_case_that_fails_keeps_what_was_recorded(zoo: Path, tmp_path: Path) ->
 def test_formats_are_compared_default_ones_together_and_what_is_recorded_is_skipped(
     zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = list(formats.cases(["embedded"], ("cp", "svd", "tucker2"), ("--threads", "1"), together=True))
+    found = list(formats.cases(["embedded"], ("cp_spatial", "svd", "tucker2"), ("--threads", "1"), together=True))
     assert [(case.formats, case.rows) for case in found] == [
         (("svd", "tucker2"), ("svd", "tucker2", "default")),
-        (("cp",), ("cp",)),
-        (("cp", "svd", "tucker2"), ("cp", "svd", "tucker2", "all")),
+        (("cp_spatial",), ("cp_spatial",)),
+        (("cp_spatial", "svd", "tucker2"), ("cp_spatial", "svd", "tucker2", "all")),
     ]
     case = formats.Case(TINY, ("svd",), "svd", ("--threads", "1"))
     assert case.arguments(Path("zoo/model.onnx")) == [

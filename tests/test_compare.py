@@ -22,7 +22,7 @@ from onnx_lowrank.recipe import parse_passes
 
 pytestmark = pytest.mark.usefixtures("quick")
 Captured = pytest.CaptureFixture[str]
-FORMATS = "svd,cp{restarts=0,sweeps=3}"
+FORMATS = "svd,cp_spatial{restarts=0,sweeps=3}"
 GOALS = (KeepMacs(0.5), Speedup(1.2))
 IMAGE = {"image": (1, 3, 16, 16)}
 
@@ -48,10 +48,12 @@ def test_every_format_is_there_at_every_budget_or_says_why_not(found: Comparison
     for layer in found.layers:
         for budget in found.budgets:
             there = {row.format for row in layer.contenders if row.budget == str(budget)}
-            assert there | set(layer.refusals) == {"svd", "cp"}
+            assert there | set(layer.refusals) == {"svd", "cp_spatial"}
             assert not there & set(layer.refusals)
         assert all(bool(row.rank) != bool(row.reason) for row in layer.contenders)
-    assert found.layers[2].refusals["cp"] == "64->10 has no kernel: svd reaches the same error with fewer stages"
+    assert (
+        found.layers[2].refusals["cp_spatial"] == "64->10 has no kernel: svd reaches the same error with fewer stages"
+    )
 
 
 def test_layers_keep_within_the_budget_and_their_figures_are_the_chains(found: Comparison) -> None:
@@ -76,7 +78,7 @@ def test_layers_keep_within_the_budget_and_their_figures_are_the_chains(found: C
 def test_networks_are_the_files_that_were_kept(found: Comparison, folder: Path) -> None:
     labelled = np.load(folder / "labelled.npz")
     built = [row for row in found.networks if row.file is not None]
-    assert {row.name for row in found.networks} == {"svd", "cp", "all"}
+    assert {row.name for row in found.networks} == {"svd", "cp_spatial", "all"}
     assert {Path(row.file or "").name for row in built} == {p.name for p in (folder / "models").iterdir()}
     assert found.macs == pytest.approx(macs(network(), IMAGE))
     for row in built:
@@ -96,7 +98,7 @@ def test_networks_are_the_files_that_were_kept(found: Comparison, folder: Path) 
 
 def test_mixing_formats_is_no_worse_in_what_was_asked_for(found: Comparison) -> None:
     rows = {row.name: row for row in found.networks if row.budget == "keep-macs 0.5"}
-    assert rows["all"].formats == ("svd", "cp")
+    assert rows["all"].formats == ("svd", "cp_spatial")
     assert all(row.reached for row in rows.values())
     if rows["all"].same_as:
         other = rows[rows["all"].same_as]
@@ -135,10 +137,10 @@ def test_a_time_limit_ends_it(folder: Path) -> None:
 
 def test_a_budget_no_rank_reaches_says_how_near_it_came(folder: Path) -> None:
     path = save(perceptron(), folder, "perceptron.onnx")
-    found = compare(path, [KeepMacs(0.001)], on_one_thread(passes=tuple(parse_passes("svd,cp"))))
+    found = compare(path, [KeepMacs(0.001)], on_one_thread(passes=tuple(parse_passes("svd,cp_spatial"))))
     assert {row.name: row.reason for row in found.networks} == {
         "svd": "not reached: at least 0.016 of the MACs remain",
-        "cp": "it takes no layer",
+        "cp_spatial": "it takes no layer",
         "all": "not reached: at least 0.016 of the MACs remain",
     }
     reasons = {row.reason for layer in found.layers for row in layer.contenders}
@@ -148,7 +150,11 @@ def test_a_budget_no_rank_reaches_says_how_near_it_came(folder: Path) -> None:
 def test_teams() -> None:
     assert teams_of(["svd"]) == {"svd": ("svd",)}
     assert teams_of(["svd", "tucker2"]) == {"svd": ("svd",), "tucker2": ("tucker2",), "default": ("svd", "tucker2")}
-    assert teams_of(["cp", "svd"]) == {"cp": ("cp",), "svd": ("svd",), "all": ("cp", "svd")}
+    assert teams_of(["cp_spatial", "svd"]) == {
+        "cp_spatial": ("cp_spatial",),
+        "svd": ("svd",),
+        "all": ("cp_spatial", "svd"),
+    }
 
 
 def test_the_command_prints_layers_and_networks(

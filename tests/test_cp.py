@@ -99,3 +99,17 @@ def test_layers_that_take_minutes_to_fit_are_refused_unless_asked_for() -> None:
     )
     assert Cp(largest=589824).refusal(wide) is None
     assert Cp().refusal(LayerShape(1, 128, 128, (3, 3))) is None
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_what_a_rank_gets_depends_on_nothing_asked_before(calibrated: bool) -> None:
+    shape = LayerShape(1, 12, 10, (3, 3))
+    rng = np.random.default_rng(5)
+    weight, root = rng.standard_normal(shape.weight), rng.standard_normal((shape.inputs, shape.inputs))
+    gram = (root @ root.T)[None] if calibrated else None
+    alone, after = (Cp().factorize(weight, gram) for _ in range(2))
+    for rank in (2, 9, 5, 14, 7):
+        after.error((rank,))
+    for rank in (11, 14):
+        assert alone.error((rank,)) == after.error((rank,))
+        assert all(np.array_equal(a, b) for a, b in zip(alone.factors((rank,)), after.factors((rank,)), strict=True))

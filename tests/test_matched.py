@@ -80,10 +80,11 @@ def test_of_fits_by_rank_only_those_near_the_budgets_are_made(
     every = METHODS[name].ranks(layer.shape, 1)
     at_most = sum(count for _, count in AROUND) * len(GOALS)
     assert 0 < len(made.options) - 1 <= min(at_most, len(every))
-    sizes = {rank: METHODS[name].chain(layer.shape, rank).macs(layer) for rank in every}
     grid = MatchedGrid.near(GOALS, layer.shape, 8)
-    fitted = grid.fitted(layer, METHODS[name], grid.ranks(METHODS[name], layer.shape))
-    tightest = max((r for r in every if sizes[r] <= 0.5 * layer.macs), key=lambda r: sizes[r])
+    fine = grid.ranks(METHODS[name], layer.shape)
+    fitted = grid.fitted(layer, METHODS[name], fine)
+    sizes = {rank: METHODS[name].chain(layer.shape, rank).macs(layer) for rank in fine}
+    tightest = max((r for r in fine if sizes[r] <= 0.5 * layer.macs), key=lambda r: sizes[r])
     assert tightest in fitted
     assert len(fitted) < len(every)
 

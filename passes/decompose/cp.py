@@ -3,7 +3,7 @@
 `cp` keeps the kernel whole (3-way tensor S x C x prod kernel): R (C + prod kernel + S) weights. `cp_spatial` has a
 depthwise convolution per spatial axis (4-way in two dimensions; Lebedev et al., ICLR 2015): R (C + kh + kw + S).
 
-Fitted by alternating least squares from several starts, the first one being the terms of the next lower rank so far.
+Fitted by alternating least squares from several starts, the first one being the terms of the next lower of 2^n, 3 2^n.
 Where the terms have grown they are corrected at an error at most 1 % larger (Phan et al., ECCV 2020; see `cp_als`).
 What is still degenerate then is not used: its rank gets the terms of a lower one.
 
@@ -44,10 +44,14 @@ class CpFit(Fitted):
         self._terms: dict[int, list[Terms]] = {}
 
     def fit(self, rank: Rank) -> tuple[Array, ...]:
-        """Terms from the next lower rank so far and from random starts, corrected where they have grown."""
-        below = max((r for r in self._terms if r < rank[0]), default=0)
+        """Terms from the next lower rank of `lower` and from random starts, corrected where they have grown."""
+        below = max((r for (r,) in self.lower(rank)), default=0)
         self._terms[rank[0]] = [self._fitted(i, rank[0], below) for i in range(self.shape.groups)]
         return self._stages(self._terms[rank[0]])
+
+    def lower(self, rank: Rank) -> Sequence[Rank]:
+        """2^n and 3 2^n: what a rank is fitted to depends on nothing that was asked for before."""
+        return [(r,) for r in sorted({a << n for a in (1, 3) for n in range(rank[0].bit_length())}) if r < rank[0]]
 
     def exact(self) -> tuple[Array, ...]:
         """One term per fibre along the longest axis."""
@@ -158,6 +162,7 @@ class Cp(CpBase):
     sweeps: int = 60
     largest: int = 1 << 18
     name: ClassVar[str] = "cp"
+    on_request: ClassVar[str] = "its ranks are fitted by iteration, up to a minute per layer"
 
     def axes(self, shape: LayerShape) -> Sequence[Shape]:
         """All of them together."""

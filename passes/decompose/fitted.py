@@ -8,7 +8,8 @@ compute. Calibrated, the data-free fit gives T, A is the least-squares solution 
 and one sweep over all stages follows (`multilinear.refine`), which only lowers the error. Where the outputs are a
 product of modes that several stages hold, there is the sweep alone.
 
-Errors never rise with the rank: a rank gets the best fit of those asked for so far at or below it, padded with zeros.
+Errors never rise with the rank: a rank gets the best fit of those at or below it, padded with zeros. Those are all that
+were asked for so far, or the ones the format names (`lower`): what a rank gets depends on nothing else then.
 """
 
 from __future__ import annotations
@@ -72,6 +73,10 @@ class Fitted(Factorization):
     def exact(self) -> tuple[Array, ...]:
         """Factors at the exact rank that give the weight back."""
 
+    def lower(self, rank: Rank) -> Sequence[Rank] | None:  # noqa: ARG002 - for formats whose fits build on each other
+        """The ranks below that are fitted first, lowest first; None: those that were asked for."""
+        return None
+
     def usable(self, rank: Rank, factors: Sequence[Array]) -> bool:  # noqa: ARG002 - for formats that can degenerate
         """Whether factors may be handed out."""
         return True
@@ -90,8 +95,10 @@ class Fitted(Factorization):
         return _padded(self.method.chain(self.shape, at), self._fits[at].factors, self.method.chain(self.shape, rank))
 
     def _fits_below(self, rank: Rank) -> list[tuple[Rank, _Fit]]:
-        """What was fitted so far at ranks of the same structure that do not exceed `rank`, best first."""
-        found = [(other, fit) for other, fit in self._fits.items() if self._below(other, rank)]
+        """What was fitted at ranks of the same structure that do not exceed `rank` and are looked at, best first."""
+        lower = self.lower(rank)
+        looked_at = self._fits if lower is None else {rank, *lower}
+        found = [(other, fit) for other, fit in self._fits.items() if other in looked_at and self._below(other, rank)]
         return sorted(found, key=lambda entry: entry[1].error)
 
     def _below(self, rank: Rank, other: Rank) -> bool:
@@ -100,7 +107,9 @@ class Fitted(Factorization):
 
     def _answer(self, rank: Rank) -> tuple[float, Rank]:
         if rank not in self._told:
-            self._fits[rank] = self._made(rank)
+            for each in (*(self.lower(rank) or ()), rank):
+                if each not in self._fits:
+                    self._fits[each] = self._made(each)
             at, best = self._fits_below(rank)[0]
             above = [error for other, (error, _) in self._told.items() if self._below(rank, other)]
             self._told[rank] = max(best.error, *above, 0.0), at
