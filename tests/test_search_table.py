@@ -140,7 +140,8 @@ def test_the_table_holds_what_each_layer_could_become(tmp_path: Path) -> None:
 def test_depthwise_stages_fill_channel_blocks_for_goals_of_size_too(tmp_path: Path) -> None:
     cache = FactorizationCache(1 << 30, tmp_path)
     methods = (Cp(sweeps=3), SpatialSvd())
-    rows = tabulate(network_layers(), methods, lambda layer: Grid.of_size(layer.shape, 16), cache, silent)
+    (wide,) = (layer for layer in network_layers() if layer.key == "body/2")
+    rows = tabulate([wide], methods, lambda layer: Grid.of_size(layer.shape, 16), cache, silent)
     ranks = {name: {o.rank[0] for r in rows for o in r.options if o.method == name} for name in ("cp", "spatial_svd")}
     assert ranks["cp"]
     assert all(rank % 16 == 0 for rank in ranks["cp"])
