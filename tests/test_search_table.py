@@ -144,7 +144,7 @@ def test_depthwise_stages_fill_channel_blocks_for_goals_of_size_too(tmp_path: Pa
     rows = tabulate([wide], methods, lambda layer: Grid.of_size(layer.shape, 16), cache, silent)
     ranks = {name: {o.rank[0] for r in rows for o in r.options if o.method == name} for name in ("cp", "spatial_svd")}
     assert ranks["cp"]
-    assert all(rank % 16 == 0 for rank in ranks["cp"])
+    assert all(rank % 16 == 0 or 16 % rank == 0 for rank in ranks["cp"])
     assert any(rank % 16 for rank in ranks["spatial_svd"])
 
 
