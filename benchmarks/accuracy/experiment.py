@@ -17,11 +17,12 @@ from benchmarks.zoo.results import Scalar
 
 METHODS = {
     "calibrated": (),
+    "calibrated_cp": ("--passes", "svd,svd_input,spatial_svd,spatial_svd_reversed,tucker2,cp"),
     "data_free": (),
     "energy": ("--allocator", "energy"),
     "minimax": ("--allocator", "minimax"),
 }
-"""Name in the tables -> options; only `calibrated` is given the calibration data."""
+"""Name in the tables -> options; `calibrated` ones are given the calibration data."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Case:
         """The words behind `optimize MODEL -o OUT`."""
         words = [word for shape in self.shapes or self.model.inputs for word in ("--shape", shape)]
         words += [*self.goal, *self.options, *METHODS[self.method]]
-        if self.method == "calibrated":
+        if self.method.startswith("calibrated"):
             words += ["--calibration", str(self.calibration or original.with_name("calibration.npz"))]
         if self.metric:
             words += ["--eval", str(original.with_name("evaluation.npz")), "--metric", self.metric]
