@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from benchmarks import candidate_table, formats
 from benchmarks.accuracy import samples
-from benchmarks.accuracy.experiment import Case, record
+from benchmarks.accuracy.experiment import METHODS, Case, record
 from benchmarks.accuracy.sweeps import Sweep, fashion
 from benchmarks.zoo import results
 from benchmarks.zoo.agreement import hits
@@ -169,13 +169,14 @@ def test_tables_leave_out_columns_that_were_not_asked_for() -> None:
     assert results.table(rows).startswith("| a | b | c |")
 
 
-def test_only_the_calibrated_method_is_given_data() -> None:
+def test_only_calibrated_methods_are_given_data() -> None:
     sweep = fashion(["embedded"])
     found = {case.method: case.arguments(Path("zoo/model.onnx")) for case in sweep.cases([0.5], sweep.methods, 1)}
     shape = ["--shape", "image=1x1x28x28", "--keep-macs", "0.5", "--threads", "1", "--of", "all"]
     labelled = ["--eval", "zoo/evaluation.npz", "--metric", "top1"]
     assert found == {
         "calibrated": [*shape, "--calibration", "zoo/calibration.npz", *labelled],
+        "calibrated_cp": [*shape, *METHODS["calibrated_cp"], "--calibration", "zoo/calibration.npz", *labelled],
         "energy": [*shape, "--allocator", "energy", *labelled],
         "minimax": [*shape, "--allocator", "minimax", *labelled],
     }
