@@ -109,7 +109,7 @@ def table(path: Path, shapes: dict[str, Shape], processors: Literal["all", "one"
     with tempfile.TemporaryDirectory() as folder:
         cache = FactorizationCache(Settings().memory_limit, Path(folder))
         start = time.thread_time()
-        rows = tabulate(found, methods, lambda _: Grid.of_machine(BLOCK), cache, lambda *_: None)
+        rows = tabulate(found, methods, lambda _: Grid.of_machine(BLOCK), cache, _silent)
         seconds = time.thread_time() - start
     count = sum(len(row.options) for row in rows if row.factorable)
     return seconds, count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -169,6 +169,10 @@ def _halves(weight: Array, first: Shape) -> tuple[tuple[int, ...], Array]:
     order = (0, 1, *(3 + axis for axis in rest), 2, *(3 + axis for axis in first))
     rows = weight.shape[1] * math.prod(weight.shape[3 + axis] for axis in rest)
     return (-3, *first), weight.transpose(order).reshape(len(weight), rows, -1)
+
+
+def _silent(_done: int, _total: int) -> None:
+    """Nobody waits for the progress of a benchmark."""
 
 
 def _layers(path: Path, shapes: dict[str, Shape]) -> list[Layer]:
