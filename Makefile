@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PYTEST_ARGS ?=
+# A worker per processor, a file at a time: much of the suite waits for processes that it started.
+WORKERS ?= -n logical --maxprocesses 8 --dist loadfile
 OPENVINO := .venv-openvino
 
 .PHONY: help venv test demo lint openvino clean
@@ -37,7 +39,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 test: $(INSTALLED)
 	@echo "Running the tests (a few minutes) ..."
 	@$(BIN)/pytest -m "not slow and not zoo and not cuda and not openvino" --timeout 300 \
-		--cov --cov-report term $(PYTEST_ARGS)
+		$(WORKERS) --cov --cov-report term $(PYTEST_ARGS)
 
 demo: $(INSTALLED)
 	@echo "Optimizing the model that ships with the package ..."

@@ -7,6 +7,9 @@ import os
 # Before numpy is imported, here and in every process of a test: threads that wait for each other at small matrices take
 # ten times as long on a machine that others use too, as the workers of pytest-xdist do.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Consoles that are made on import would keep this width, whatever a test says; workers of pytest-xdist have it set.
+os.environ.pop("COLUMNS", None)
+os.environ.pop("LINES", None)
 
 from collections.abc import Iterator
 from functools import partial
