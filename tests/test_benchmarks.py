@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from benchmarks import candidate_table, formats
 from benchmarks.accuracy import samples
-from benchmarks.accuracy.experiment import METHODS, Case, record
+from benchmarks.accuracy.experiment import CLOSED_FORM, Case, record
 from benchmarks.accuracy.sweeps import Sweep, fashion
 from benchmarks.zoo import results
 from benchmarks.zoo.agreement import hits
@@ -176,9 +176,9 @@ def test_only_calibrated_methods_are_given_data() -> None:
     labelled = ["--eval", "zoo/evaluation.npz", "--metric", "top1"]
     assert found == {
         "calibrated": [*shape, "--calibration", "zoo/calibration.npz", *labelled],
-        "calibrated_cp": [*shape, *METHODS["calibrated_cp"], "--calibration", "zoo/calibration.npz", *labelled],
-        "energy": [*shape, "--allocator", "energy", *labelled],
-        "minimax": [*shape, "--allocator", "minimax", *labelled],
+        "calibrated_closed": [*shape, *CLOSED_FORM, "--calibration", "zoo/calibration.npz", *labelled],
+        "energy": [*shape, "--allocator", "energy", *CLOSED_FORM, *labelled],
+        "minimax": [*shape, "--allocator", "minimax", *CLOSED_FORM, *labelled],
     }
 
 

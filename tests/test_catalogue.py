@@ -186,7 +186,7 @@ def test_two_passes_of_one_name_are_refused(
 
 
 def test_formats_that_take_long_are_tried_only_by_name() -> None:
-    tried = {"svd", "svd_input", "spatial_svd", "spatial_svd_reversed", "tucker2"}
+    tried = {"svd", "svd_input", "spatial_svd", "spatial_svd_reversed", "tucker2", "cp"}
     assert set(catalogue.default_decompositions()) == tried
     for entry in catalogue.catalogue():
         assert bool(entry.on_request) == (entry.kind == "decomposition" and entry.name not in tried)

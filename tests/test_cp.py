@@ -10,7 +10,7 @@ from tensorly.cp_tensor import cp_to_tensor
 from tensorly.decomposition import parafac
 
 from onnx_lowrank.layer import Array, LayerShape, Shape
-from onnx_lowrank.passes.decompose.cp import Cp, CpFit
+from onnx_lowrank.passes.decompose.cp import RIDGE, Cp, CpFit
 from onnx_lowrank.passes.decompose.cp_als import Problem, Terms, exact_terms
 
 
@@ -93,12 +93,35 @@ def test_ranks_end_at_half_of_the_weights(shape: LayerShape, block: int) -> None
 
 
 def test_layers_that_take_minutes_to_fit_are_refused_unless_asked_for() -> None:
-    wide = LayerShape(2, 256, 256, (3, 3))
+    wide = LayerShape(2, 1024, 512, (3, 3))
     assert Cp().refusal(wide) == (
-        f"{wide} has 589824 weights: it takes minutes to fit, unless cp{{largest=589824}} asks for it"
+        f"{wide} has 4718592 weights: it takes minutes to fit, unless cp{{largest=4718592}} asks for it"
     )
-    assert Cp(largest=589824).refusal(wide) is None
-    assert Cp().refusal(LayerShape(1, 128, 128, (3, 3))) is None
+    assert Cp(largest=4718592).refusal(wide) is None
+    assert Cp().refusal(LayerShape(1, 512, 512, (3, 3))) is None
+
+
+def test_a_small_ridge_holds_back_terms_that_cancel() -> None:
+    rng = np.random.default_rng(0)
+    problem = Problem(degenerate(6, 0) + 0.05 * rng.standard_normal((6, 6, 6)))
+    start = [problem.random(2, rng) for _ in range(3)]
+    plain, held = (problem.als(start, 600, 1e-10, ridge) for ridge in (0.0, RIDGE))
+    assert problem.degeneracy(plain) > 5
+    assert problem.degeneracy(held) < problem.degeneracy(plain) / 2
+    assert problem.error(held) < 1.02 * problem.error(plain)
+
+
+def test_large_tensors_are_multiplied_in_float32() -> None:
+    """To errors as good as in float64."""
+    rng = np.random.default_rng(3)
+    planted = Terms(np.ones(6), tuple(rng.standard_normal((n, 6)) for n in (80, 60, 9)))
+    tensor = planted.dense() + 0.1 * rng.standard_normal((80, 60, 9))
+    single, double = Problem(tensor), Problem(tensor[:60, :55])  # above and below the limit
+    for problem in (single, double):
+        found = problem.als([problem.spectral(6, np.random.default_rng(1))], 60, 1e-7)
+        assert all(factor.dtype == np.float64 for factor in found.factors)
+        residual = np.linalg.norm(problem.tensor - found.dense())
+        assert residual < 0.1 * np.sqrt(problem.tensor.size)  # what was added, less what the terms took up
 
 
 @pytest.mark.parametrize("calibrated", [False, True])

@@ -47,7 +47,7 @@ def test_the_spectrum_is_numpys(rows: dict[str, InspectedLayer]) -> None:
 
 
 def test_verdicts(rows: dict[str, InspectedLayer]) -> None:
-    assert rows["body/2"].verdict == "can become spatial_svd, spatial_svd_reversed, svd, svd_input, tucker2"
+    assert rows["body/2"].verdict == "can become cp, spatial_svd, spatial_svd_reversed, svd, svd_input, tucker2"
     assert rows["head"].verdict == "can become svd"
     assert rows["stem"].verdict == "stays: pinned by --keep stem"
     assert rows["depthwise"].verdict.startswith("stays: ")
@@ -71,7 +71,7 @@ def test_the_table_fits(rows: dict[str, InspectedLayer], width: int) -> None:
     if width == 200:
         (body,) = (line for line in lines if line.startswith("body/2"))
         assert "64->64 3x3" in body
-        assert "can become spatial_svd" in body
+        assert "can become cp, spatial_svd" in body
 
 
 def test_measures_of_every_factorable_layer(rows: dict[str, InspectedLayer]) -> None:

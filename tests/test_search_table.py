@@ -126,7 +126,7 @@ def test_the_table_holds_what_each_layer_could_become(tmp_path: Path) -> None:
     by_name = {r.layer.key: r for r in rows}
     assert {o.method for o in by_name["body/2"].options} >= {"keep", "spatial_svd"}
     assert by_name["body/2"].refusals == {}
-    assert set(by_name["head"].refusals) == {"svd_input", "spatial_svd", "spatial_svd_reversed", "tucker2"}
+    assert set(by_name["head"].refusals) == {"svd_input", "spatial_svd", "spatial_svd_reversed", "tucker2", "cp"}
     for r in rows:
         assert r.keep is r.options[0]
         assert r.keep.method == "keep"

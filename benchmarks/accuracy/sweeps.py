@@ -55,7 +55,7 @@ class Sweep:
 def fashion(names: Sequence[str]) -> Sweep:
     """Networks on Fashion-MNIST; MACs kept are those of the whole network."""
     models = tuple(NETS[name] for name in names)
-    methods = ("calibrated", "calibrated_cp", "energy", "minimax")
+    methods = ("calibrated", "calibrated_closed", "energy", "minimax")
     keep = (0.5, 0.4, 0.3, 0.2)
     return Sweep(models, "--keep-macs", keep, ("top1",), methods, ("--of", "all"), metric="top1")
 

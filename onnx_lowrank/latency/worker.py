@@ -166,3 +166,4 @@ def main(open_run: Callable[[Subject], Run] = opened) -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what native code prints is no answer
     with contextlib.suppress(BrokenPipeError):
         serve(sys.stdin.buffer, sink, open_run)
+    os._exit(0)  # an orderly end would wait for the thread that reads, and complain about it

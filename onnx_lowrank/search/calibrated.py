@@ -25,7 +25,7 @@ from onnx_lowrank.layer import Array, Layer
 from onnx_lowrank.progress import Phases
 from onnx_lowrank.rewrite import Replacement, splice
 from onnx_lowrank.search.factorizations import FactorizationCache
-from onnx_lowrank.search.table import GridOf, Row, row_of
+from onnx_lowrank.search.table import GridOf, Row, most_workers, one_blas_thread, row_of
 from onnx_lowrank.sensitivity import PROBES, LossCurve, Outputs, output_loss, probe_at
 from onnx_lowrank.target import Target
 
@@ -130,7 +130,9 @@ class CalibratedTable:
         return self._remembered(self._whole, INPUTS, ["choice", named], changed)
 
     def _row(self, layer: Layer, gram: Array | None = None) -> Row:
-        return row_of(layer, tuple(self.methods.values()), self.grid_of(layer), self.cache, gram=gram)
+        methods = tuple(self.methods.values())
+        with one_blas_thread():
+            return row_of(layer, methods, self.grid_of(layer), self.cache, gram=gram, workers=most_workers())
 
     def _probes(self, path: Route, room: Path) -> Probes:
         """The start of the walk, and the original's outputs on the samples that are probed with."""

@@ -66,15 +66,27 @@ def tabulate(
     """
     work = (delayed(row_of)(layer, methods, grid_of(layer), cache, exact_only=exact_only) for layer in layers)
     rows: list[Row] = []
-    workers = Parallel(n_jobs=min(MOST_WORKERS, cpu_count()), backend="threading", return_as="generator")
-    # One BLAS thread per layer: eigh hardly gains from a second one, and on a busy machine its threads, waiting for
-    # each other, take ten times as long.
-    with threadpool_limits(1):
+    workers = Parallel(n_jobs=most_workers(), backend="threading", return_as="generator")
+    with one_blas_thread():
         done: Iterable[Row] = workers(work)  # pyright: ignore[reportAssignmentType] - joblib's stub: list of Any or None
         for row in done:
             rows.append(row)
             progress(len(rows), len(layers))
     return rows
+
+
+def most_workers() -> int:
+    """Decompositions made at once."""
+    return min(MOST_WORKERS, cpu_count())
+
+
+def one_blas_thread() -> threadpool_limits:
+    """While several decompositions are made at once.
+
+    eigh hardly gains from a second thread, and on a busy machine the threads, waiting for each other, take ten times as
+    long; small products and triangular solves take twice as long on two hyperthreads of one core.
+    """
+    return threadpool_limits(1)
 
 
 def row_of(
@@ -85,6 +97,7 @@ def row_of(
     *,
     exact_only: bool = False,
     gram: Array | None = None,
+    workers: int = 1,
 ) -> Row:
     """One layer decomposed by every method.
 
@@ -95,6 +108,7 @@ def row_of(
         cache: Receives the factorizations.
         exact_only: As for `tabulate`.
         gram: Second moment of the layer's unfolded input, see `Decomposition.factorize`.
+        workers: Methods that are tried at once.
     """
     refusals = {m.name: sentence for m in methods if (sentence := m.refusal(layer.shape)) is not None}
     accepted = [m for m in methods if m.name not in refusals]
@@ -107,12 +121,16 @@ def row_of(
         ranks[method.name] = ([exact] if exact else []) if exact_only else grid.ranks(method, layer.shape)
         if not ranks[method.name]:
             refusals[method.name] = f"no rank of {layer.shape} has fewer weights than the layer"
-    options: list[Candidate] = []
-    for method in (m for m in accepted if m.name not in refusals):
+
+    def tried(method: Decomposition) -> list[Candidate]:
         made = cache.make(layer, method, weight, gram)
         found = ranks[method.name]
         asked = grid.fitted(layer, method, found) if made.by_rank and not exact_only else found
-        options.extend(candidate(layer, method, made, rank, grid.block) for rank in asked)
+        return [candidate(layer, method, made, rank, grid.block) for rank in asked]
+
+    work = (delayed(tried)(method) for method in accepted if method.name not in refusals)
+    found: list[list[Candidate]] = Parallel(n_jobs=workers, backend="threading")(work)  # pyright: ignore[reportAssignmentType] - joblib's stub: list of Any or None
+    options = [option for each in found for option in each]
     chosen = options if exact_only else grid.worth_timing(options)
     return Row(layer, (keep(layer), *chosen), refusals)
 

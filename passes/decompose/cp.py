@@ -3,11 +3,11 @@
 `cp` keeps the kernel whole (3-way tensor S x C x prod kernel): R (C + prod kernel + S) weights. `cp_spatial` has a
 depthwise convolution per spatial axis (4-way in two dimensions; Lebedev et al., ICLR 2015): R (C + kh + kw + S).
 
-Fitted by alternating least squares from several starts, the first one being the terms of the next lower of 2^n, 3 2^n.
-Where the terms have grown they are corrected at an error at most 1 % larger (Phan et al., ECCV 2020; see `cp_als`).
-What is still degenerate then is not used: its rank gets the terms of a lower one.
+Fitted by alternating least squares with a small ridge, from the terms of the next lower of 2^n, 3 2^n (and from random
+starts where asked for). Where the terms have grown nevertheless they are corrected at an error at most 1 % larger (Phan
+et al., ECCV 2020; see `cp_als`). What is still degenerate then is not used: its rank gets the terms of a lower one.
 
-Ranks end at half of the layer's weights: most terms have grown beyond, and their fits take longer than all others.
+Ranks end at half of the layer's weights, at a third in wide layers: fits beyond take longer than all others together.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ from typing import ClassVar
 import numpy as np
 
 from onnx_lowrank.chain import Chain, Stage
-from onnx_lowrank.decomposition import Decomposition, Factorization, Rank, spaced
+from onnx_lowrank.decomposition import Decomposition, Factorization, Rank
 from onnx_lowrank.layer import Array, LayerShape, Shape
 from onnx_lowrank.passes.decompose.cp_als import Problem, Terms, exact_terms
 from onnx_lowrank.passes.decompose.fitted import Fitted
 
 logger = logging.getLogger(__name__)
-CALM, LIMIT = 2.0, 10.0  # sum ||term||^2 / ||W||^2: corrected above the first, refused above the second
+LIMIT, CALM = 10.0, 2.0  # sum ||term||^2 / ||W||^2: above the first terms are corrected, down to the second if they can
 SLACK = 0.01
+RIDGE = 3e-3  # as good as none on HED's layers, with terms a third as large, in half the time
+WIDE = 1 << 18  # weights from which on
 
 
 class CpFit(Fitted):
@@ -51,7 +53,7 @@ class CpFit(Fitted):
 
     def lower(self, rank: Rank) -> Sequence[Rank]:
         """2^n and 3 2^n: what a rank is fitted to depends on nothing that was asked for before."""
-        return [(r,) for r in sorted({a << n for a in (1, 3) for n in range(rank[0].bit_length())}) if r < rank[0]]
+        return [(r,) for r in ladder(rank[0] - 1, least_rank(self.shape))]
 
     def exact(self) -> tuple[Array, ...]:
         """One term per fibre along the longest axis."""
@@ -76,8 +78,8 @@ class CpFit(Fitted):
             return problem.random(rank, rng)
         first = self._terms[below][group].widened(rank, rng) if below else problem.spectral(rank, rng)
         starts = [first, *(problem.random(rank, rng) for _ in range(self.cp.restarts))]
-        terms = problem.als(starts, self.cp.sweeps)
-        return problem.corrected(terms, SLACK, CALM) if problem.degeneracy(terms) > CALM else terms
+        terms = problem.als(starts, self.cp.sweeps, ridge=RIDGE)
+        return problem.corrected(terms, SLACK, CALM) if problem.degeneracy(terms) > LIMIT else terms
 
     def _stages(self, terms: Sequence[Terms]) -> tuple[Array, ...]:
         """The terms as weights, the length of each shared by all stages."""
@@ -112,11 +114,16 @@ class CpBase(Decomposition):
         return None
 
     def ranks(self, shape: LayerShape, block: int) -> Sequence[Rank]:
-        """Few ranks, with at most half the weights of the dense layer; rank one where that leaves none."""
+        """Those of `ladder` that are whole blocks, up to half of the layer's weights, a third in wide layers.
+
+        Where none is, any of them; rank one where that leaves none and it has fewer weights than the layer.
+        """
         taps = sum(math.prod(shape.kernel[axis] for axis in axes) for axes in self.axes(shape))
         weights, each = shape.out * shape.inputs, shape.in_ + taps + shape.out
-        limit = max(weights // (2 * each), min((weights - 1) // each, 1))
-        return [(rank,) for rank in spaced(min(limit, *self.exact_rank(shape)), block)]
+        least = min((weights - 1) // each, 1)
+        most = min(max(weights // (each * (3 if weights > WIDE else 2)), least), *self.exact_rank(shape))
+        whole = [rank for rank in ladder(most, least_rank(shape)) if rank % block == 0]
+        return [(rank,) for rank in whole or ladder(most)]
 
     def chain(self, shape: LayerShape, rank: Rank) -> Chain:
         """A 1x1 convolution, one depthwise stage per part of the kernel, a 1x1 convolution."""
@@ -151,6 +158,16 @@ class CpBase(Decomposition):
         return (shape.out * shape.inputs // max(shape.out, shape.in_, *sizes),)
 
 
+def ladder(most: int, least: int = 1) -> list[int]:
+    """2^n and 3 2^n within limits: every fit starts from the one below."""
+    return sorted({a << n for a in (1, 3) for n in range(most.bit_length()) if least <= a << n <= most})
+
+
+def least_rank(shape: LayerShape) -> int:
+    """Where the ladder of a layer starts: the lowest ranks say nothing of a wide one."""
+    return 16 if shape.out * shape.inputs > WIDE else 1
+
+
 @dataclass(frozen=True)
 class Cp(CpBase):
     """CP with the kernel in one depthwise stage: 1x1 C->R, depthwise kxk, 1x1 R->S.
@@ -160,9 +177,8 @@ class Cp(CpBase):
 
     restarts: int = 0
     sweeps: int = 60
-    largest: int = 1 << 18
+    largest: int = 5 << 19
     name: ClassVar[str] = "cp"
-    on_request: ClassVar[str] = "its ranks are fitted by iteration, up to a minute per layer"
 
     def axes(self, shape: LayerShape) -> Sequence[Shape]:
         """All of them together."""

@@ -3,8 +3,10 @@
     W[s, c, k1, .., kd] ~ sum_r w_r a_r[s] b_r[c] d1_r[k1] .. dd_r[kd],    all vectors of unit length.
 
 The best approximation of rank R need not exist: terms then grow without bound and cancel each other, which costs digits
-in float32 and in every later refit. The error-preserving correction (Phan et al., ECCV 2020; arXiv 2008.05441) lowers
-sum_r w_r^2 as far as a bound on the error allows: for one factor A, the others of unit length, that is
+in float32 and in every later refit. A small ridge in every step of least squares holds most of that back at no cost
+(Paatero, J. Chemometrics 2000). What has grown nevertheless is corrected: the error-preserving correction (Phan et al.,
+ECCV 2020; arXiv 2008.05441) lowers sum_r w_r^2 as far as a bound on the error allows: for one factor A, the others of
+unit length, that is
 
     min ||A||^2  subject to  ||W_(A) - A K^T|| <= delta,    K the Khatri-Rao product of the others,
 
@@ -18,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from scipy.linalg import cho_solve
@@ -32,6 +35,7 @@ TOLERANCE = 1e-3  # what comes after, the refit or the next rank, starts from he
 _XTOL = 1e-3  # of the logarithm of lambda
 _CORRECTIONS = 400  # sweeps at most
 _SHRINKING = 1e-3  # relative fall of the sum of squares per sweep at which they end
+_LARGE = 1 << 15  # entries from which on the tensor is multiplied in float32; what is solved stays in float64
 # A factor from W_(A) K, K^T K and the factor as it is.
 Step = Callable[[Array, Array, Array], Array]
 
@@ -75,7 +79,13 @@ class Problem:
 
     tensor: Array
 
-    @property
+    @cached_property
+    def _turned(self) -> tuple[Array, Array]:
+        """The tensor with its second axis last, and with its first one last, as matrix products want it."""
+        work = self.tensor.astype(np.float32) if self.tensor.size >= _LARGE else self.tensor
+        return np.ascontiguousarray(np.moveaxis(work, 1, -1)), np.ascontiguousarray(np.moveaxis(work, 0, -1))
+
+    @cached_property
     def norm(self) -> float:
         """||W||."""
         return float(np.linalg.norm(self.tensor))
@@ -102,21 +112,27 @@ class Problem:
             factors.append(np.hstack([basis, _unit(rng.standard_normal((size, rank - basis.shape[1])))[0]]))
         return Terms(np.ones(rank), tuple(factors))
 
-    def als(self, starts: Sequence[Terms], sweeps: int, tolerance: float = TOLERANCE) -> Terms:
+    def als(self, starts: Sequence[Terms], sweeps: int, tolerance: float = TOLERANCE, ridge: float = 0.0) -> Terms:
         """Alternating least squares from the start that is best after a few sweeps.
 
         Args:
             starts: At least one.
             sweeps: At most.
             tolerance: Relative fall of the error per sweep below which it ends.
+            ridge: Added to the unit diagonal of Gamma.
         """
-        screened = [self._descended(start, min(_SCREENING, sweeps), tolerance) for start in starts]
-        return self._descended(min(screened, key=lambda entry: entry[1])[0], sweeps - _SCREENING, tolerance)[0]
 
-    def _descended(self, terms: Terms, sweeps: int, tolerance: float) -> tuple[Terms, float]:
+        def step(mttkrp: Array, gamma: Array, factor: Array) -> Array:  # noqa: ARG001 - one of the steps
+            lower, scale = scaled_root(gamma + ridge * np.diag(np.diagonal(gamma)))
+            return cho_solve((lower, True), (mttkrp * scale).T, check_finite=False).T * scale
+
+        screened = [self._descended(start, min(_SCREENING, sweeps), tolerance, step) for start in starts]
+        return self._descended(min(screened, key=lambda entry: entry[1])[0], sweeps - _SCREENING, tolerance, step)[0]
+
+    def _descended(self, terms: Terms, sweeps: int, tolerance: float, step: Step) -> tuple[Terms, float]:
         error = math.inf
         for _ in range(sweeps):
-            before, (terms, error) = error, self._sweep(terms, _least_squares)
+            before, (terms, error) = error, self._sweep(terms, step)
             if before - error < tolerance * before:
                 break
         return terms, error
@@ -164,37 +180,28 @@ class Problem:
 
         The tensor is multiplied twice: by the second factor for all axes but the second, by the first for that one.
         """
-        first, second, *taps = terms.factors
-        taps_letters = "hijk"[: len(taps)]
-        weights, factors = terms.weights, [first, second, *taps]
-        partial = np.tensordot(self.tensor, second, (1, 0))
-        order = [0, *range(2, len(factors)), 1]
-        mttkrp = gamma = raw = first
-        for axis in order:
-            if axis == 1:
-                partial = np.tensordot(self.tensor, factors[0], (0, 0))
-            near = 1 if axis == 1 else 0
+        weights, factors = terms.weights, list(terms.factors)
+        dtype = self._turned[0].dtype
+        products = [factor.T @ factor for factor in factors]
+        taps_letters = "hijk"[: len(factors) - 2]
+        partial = mttkrp = gamma = raw = factors[0]
+        for axis in (0, *range(2, len(factors)), 1):
+            if axis < 2:
+                turned = self._turned[axis]
+                rows = turned.reshape(-1, turned.shape[-1]) @ factors[1 - axis].astype(dtype)
+                partial = rows.reshape(*turned.shape[:-1], -1)
             letters = ("c" if axis == 1 else "s") + taps_letters
+            named = {letters[0]: factors[1 if axis == 1 else 0], **dict(zip(taps_letters, factors[2:], strict=True))}
+            sizes = {letter: len(factor) for letter, factor in named.items()} | {"r": len(weights)}
             own = letters[0] if axis < 2 else taps_letters[axis - 2]
-            others = [(letters[0], factors[near])] if axis >= 2 else []
-            others += [(taps_letters[i - 2], factors[i]) for i in range(2, len(factors)) if i != axis]
-            sizes = {letters[0]: len(factors[near]), "r": len(weights)}
-            sizes |= {letter: len(tap) for letter, tap in zip(taps_letters, factors[2:], strict=True)}
-            named = [(letters + "r", partial), *((letter + "r", factor) for letter, factor in others)]
-            mttkrp = contract(named, own + "r", sizes)
-            gamma = np.ones((len(weights), len(weights)))
-            for i, factor in enumerate(factors):
-                if i != axis:
-                    gamma = gamma * (factor.T @ factor)
+            others = [(letter + "r", factor.astype(dtype)) for letter, factor in named.items() if letter != own]
+            mttkrp = contract([(letters + "r", partial), *others], own + "r", sizes).astype(np.float64)
+            gamma = np.prod([product for i, product in enumerate(products) if i != axis], axis=0)
             raw = step(mttkrp, gamma, factors[axis] * weights)
             factors[axis], weights = _unit(raw)
+            products[axis] = factors[axis].T @ factors[axis]
         squared = self.norm**2 - 2 * float(np.vdot(mttkrp, raw)) + float(np.vdot(raw @ gamma, raw))
         return Terms(weights, tuple(factors)), math.sqrt(max(squared, 0.0)) / self.norm
-
-
-def _least_squares(mttkrp: Array, gamma: Array, factor: Array) -> Array:  # noqa: ARG001 - one of the steps
-    lower, scale = scaled_root(gamma)
-    return cho_solve((lower, True), (mttkrp * scale).T, check_finite=False).T * scale
 
 
 def _unit(matrix: Array) -> tuple[Array, Array]:

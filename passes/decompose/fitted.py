@@ -27,10 +27,11 @@ from onnx_lowrank.contraction import contract
 from onnx_lowrank.decomposition import Decomposition, Factorization, Rank
 from onnx_lowrank.layer import Array, LayerShape
 from onnx_lowrank.linalg import NestedFit
-from onnx_lowrank.multilinear import output_error, refine
+from onnx_lowrank.multilinear import refine
 from onnx_lowrank.passes.decompose.whitened import usable
 
-_LARGE = 2048  # second moments from here on are refined in float32
+_LARGE = 2048  # second moments from here on are kept and used in float32
+_JITTER = {np.dtype(np.float32): 1e-7, np.dtype(np.float64): 1e-12}
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,8 +58,10 @@ class Fitted(Factorization):
         self.method, self.shape = method, LayerShape(groups, out, in_, tuple(kernel))
         self.weight = weight.astype(np.float64, copy=False)
         self._matrix = self.weight.reshape(groups, out, -1)
-        self._gram = usable(gram)
-        self._product = self._matrix if self._gram is None else self._matrix @ self._gram
+        metric = usable(gram)
+        self._product = self._matrix if metric is None else self._matrix @ metric
+        large = metric is not None and metric.shape[1] >= _LARGE
+        self._gram = metric.astype(np.float32) if metric is not None and large else metric
         energy = self._product @ self._matrix.swapaxes(1, 2)
         self._total = float(np.trace(energy, axis1=1, axis2=2).sum())
         self._largest = float(np.linalg.eigvalsh(energy).max(initial=0.0))
@@ -138,19 +141,20 @@ class Fitted(Factorization):
         features = subscripts[-1].replace(group, "").replace(out, "")
         terms = list(zip(subscripts[:-1], chain.apart(factors)[:-1], strict=True))
         rows = contract(terms, group + features + result[2:], chain.sizes).reshape(len(gram), -1, gram.shape[1])
-        triples = zip(rows @ gram, rows, self._product, strict=True)
-        last = [NestedFit(half @ row.T, row @ product.T).solve(len(row)).T for half, row, product in triples]
+        triples = zip(rows.astype(gram.dtype, copy=False) @ gram, rows, self._product, strict=True)
+        jitter = _JITTER[gram.dtype]
+        last = [NestedFit(half @ row.T, row @ product.T, jitter).solve(len(row)).T for half, row, product in triples]
         return _balanced((*factors[:-1], np.stack(last).reshape(chain.stages[-1].weight)))
 
     def _refined(
         self, rank: Rank, chain: Chain, factors: tuple[Array, ...], gram: Array
     ) -> tuple[tuple[Array, ...], float]:
-        """The factors after one sweep, or as they were where that did not help, and their output error."""
-        metric = gram.astype(np.float32) if gram.shape[1] >= _LARGE else gram
-        tried = (factors, refine(chain, factors, self.weight, metric, sweeps=1))
-        judged = [(output_error(self.weight, chain.dense(found), gram), found) for found in tried]
-        error, best = min(judged, key=lambda entry: entry[0])
-        return (best, error) if self.usable(rank, best) else (factors, judged[0][0])
+        """The factors after one sweep, or as they were where they must not be used then, and their output error."""
+        refined = refine(chain, factors, self.weight, gram, sweeps=1)
+        best = refined if self.usable(rank, refined) else factors
+        difference = (chain.dense(best) - self.weight).reshape(self._matrix.shape).astype(gram.dtype, copy=False)
+        squared = float(np.sum((difference @ gram) * difference, dtype=np.float64))
+        return best, math.sqrt(max(squared, 0.0) / self._total)
 
 
 def _balanced(factors: Sequence[Array]) -> tuple[Array, ...]:
