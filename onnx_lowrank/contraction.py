@@ -33,6 +33,9 @@ def second_moment(
 ) -> Array:
     """Second moment along one letter of a product of arrays: J G J^T, traced over the tied letters.
 
+    Terms that nothing but `letter` links have moments of their own, whose product it is, entry by entry: for CP's
+    depthwise stage (B^T G B) * (A^T A), where the whole would hold R x S x C numbers.
+
     Terms that no summed letter links to `letter` are squared by themselves and absorbed by G first: einsum's greedy
     path forms outer products with them, six hundred times slower for a tensor train of 64 channels.
 
@@ -44,6 +47,14 @@ def second_moment(
         moment: G, one axis per letter of `inputs`, twice.
         sizes: Length of every axis by its letter.
     """
+    parts = _apart(terms, letter, inputs)
+    if len(parts) > 1 and inputs:
+        with_inputs = [any(set(inputs) & set(letters) for letters, _ in part) for part in parts]
+        moments = [
+            second_moment(part, letter, tied, inputs if has else "", moment if has else np.ones(()), sizes)
+            for part, has in zip(parts, with_inputs, strict=True)
+        ]
+        return np.prod(moments, axis=0)
     fresh = unused(sizes)
     primed = {x: x if x in tied else next(fresh) for x in sizes}
 
@@ -69,6 +80,19 @@ def second_moment(
     kept = letter + "".join(x for x in sizes if x != letter and x in tied and x in here) + seen
     rows = (kept, contract(near, kept, sizes))
     return contract([rows, within, both([rows])[1]], twice(letter), sizes)
+
+
+def _apart(terms: Sequence[Term], letter: str, inputs: str) -> list[list[Term]]:
+    """Terms that share a letter other than `letter`, or have inputs, stay together."""
+    parts: list[tuple[set[str], list[Term]]] = []
+    for term in terms:
+        letters = set(term[0]) - {letter}
+        if letters & set(inputs):
+            letters |= set(inputs)
+        linked = [part for part in parts if part[0] & letters]
+        parts = [part for part in parts if not part[0] & letters]
+        parts.append((letters.union(*(seen for seen, _ in linked)), [*(t for _, held in linked for t in held), term]))
+    return [held for _, held in parts]
 
 
 def unused(letters: Iterable[str]) -> Iterator[str]:

@@ -52,12 +52,23 @@ class Chosen:
         shape = self.layer.shape
         return Chain.unfactored(shape) if self.method is None else self.method.chain(shape, self.rank)
 
-    def factors(self, weight: Array, gram: Array | None = None) -> tuple[Array, ...]:
-        """The chain nearest to `weight`, in the metric of `gram` where it is given."""
+    def factors(
+        self, weight: Array, gram: Array | None = None, *, near: Sequence[Array] | None = None
+    ) -> tuple[Array, ...]:
+        """The chain nearest to `weight`, in the metric of `gram` where it is given.
+
+        Args:
+            weight: (groups, out, n).
+            gram: (groups, n, n).
+            near: Factors of a weight not far from this one: where a fit from scratch takes long, they are moved here.
+        """
         weight = weight.reshape(self.layer.shape.weight)
         if self.method is None:
             return (weight,)
-        return tuple(self.method.factorize(weight, gram, most=self.rank).factors(self.rank))
+        made = self.method.factorize(weight, gram, most=self.rank)
+        if made.by_rank and near is not None and gram is not None:
+            return self.refined(near, weight, gram, SWEEPS)
+        return tuple(made.factors(self.rank))
 
     def refined(self, factors: Sequence[Array], weight: Array, gram: Array, sweeps: int) -> tuple[Array, ...]:
         """Better factors, by at most `sweeps` sweeps of least squares; one factor alone is the weight itself."""
@@ -135,7 +146,9 @@ def fit_chain(one: Chosen, data: LayerData, inside: Array | None, *, regress: bo
     best = plain
     if regress:
         ridge, wanted = _regressed(weight, moments, data, centred=centred)
-        start = tried(f"regression, ridge {ridge.share:g}", one.factors(wanted, ridge.gram), moments)
+        start = tried(
+            f"regression, ridge {ridge.share:g}", one.factors(wanted, ridge.gram, near=plain.factors), moments
+        )
         found = [plain, start]
         if one.method is not None:
             refined = one.refined(start.factors, wanted, ridge.gram, SWEEPS)

@@ -124,6 +124,16 @@ def test_large_tensors_are_multiplied_in_float32() -> None:
         assert residual < 0.1 * np.sqrt(problem.tensor.size)  # what was added, less what the terms took up
 
 
+def test_one_rank_alone_is_as_good_as_among_all() -> None:
+    shape = LayerShape(1, 12, 10, (3, 3))
+    rng = np.random.default_rng(5)
+    weight, root = rng.standard_normal(shape.weight), rng.standard_normal((shape.inputs, shape.inputs))
+    gram = (root @ root.T)[None]
+    alone, among = Cp().factorize(weight, gram, most=(9,)), Cp().factorize(weight, gram)
+    assert alone.error((9,)) == among.error((9,))
+    assert all(np.array_equal(a, b) for a, b in zip(alone.factors((9,)), among.factors((9,)), strict=True))
+
+
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_what_a_rank_gets_depends_on_nothing_asked_before(calibrated: bool) -> None:
     shape = LayerShape(1, 12, 10, (3, 3))

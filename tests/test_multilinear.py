@@ -221,6 +221,15 @@ def test_second_moments_are_einsums(inputs: str, letter: str) -> None:
     )
 
 
+def test_second_moments_of_terms_apart_are_multiplied() -> None:
+    """CP's depthwise stage: the terms share nothing but their number."""
+    rng = np.random.default_rng(4)
+    b, a, root = rng.standard_normal((7, 5)), rng.standard_normal((6, 7)), rng.standard_normal((5, 5))
+    gram, sizes = root @ root.T, dict(zip("rcshw", (7, 5, 6, 3, 2), strict=True))
+    found = second_moment([("rc", b), ("sr", a)], "r", set("hws"), "c", gram, sizes)
+    np.testing.assert_allclose(found, (b @ gram @ b.T) * (a.T @ a), rtol=1e-12)
+
+
 def test_output_error() -> None:
     weight, gram = np.array([[[3.0, 4.0]]]), np.array([[[1.0, 0.0], [0.0, 0.25]]])
     assert output_error(weight, weight, gram) == 0

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from onnx_lowrank.chain import Chain, Stage
 from onnx_lowrank.decomposition import Decomposition, Factorization, Rank
@@ -35,25 +36,33 @@ WIDE = 1 << 18  # weights from which on
 
 
 class CpFit(Fitted):
-    """CP terms of every group at the ranks asked for."""
+    """CP terms of every group at the ranks asked for.
 
-    def __init__(self, method: CpBase, weight: Array, gram: Array | None) -> None:
+    Args:
+        method: The format.
+        weight: (g, S, C, *kernel).
+        gram: Second moments (g, n, n) or None, see `Decomposition.factorize`.
+        most: The only rank that will be asked for: lower ones are not fitted to `gram` then, unless it degenerates.
+    """
+
+    def __init__(self, method: CpBase, weight: Array, gram: Array | None, most: Rank | None = None) -> None:
         super().__init__(method, weight, gram)
-        self.cp = method
+        self.cp, self._only = method, most
         groups, out, in_ = weight.shape[:3]
         sizes = [math.prod(self.shape.kernel[axis] for axis in axes) for axes in method.axes(self.shape)]
         self._problems = [Problem(group) for group in self.weight.reshape(groups, out, in_, *sizes)]
         self._terms: dict[int, list[Terms]] = {}
 
     def fit(self, rank: Rank) -> tuple[Array, ...]:
-        """Terms from the next lower rank of `lower` and from random starts, corrected where they have grown."""
-        below = max((r for (r,) in self.lower(rank)), default=0)
-        self._terms[rank[0]] = [self._fitted(i, rank[0], below) for i in range(self.shape.groups)]
-        return self._stages(self._terms[rank[0]])
+        """Terms from the next lower rank of `ladder` and from random starts, corrected where they have grown."""
+        with threadpool_limits(1):  # products this small take twice as long on two hyperthreads of one core
+            return self._stages(self._at(rank[0]))
 
     def lower(self, rank: Rank) -> Sequence[Rank]:
         """2^n and 3 2^n: what a rank is fitted to depends on nothing that was asked for before."""
-        return [(r,) for r in ladder(rank[0] - 1, least_rank(self.shape))]
+        if rank == self._only and self.usable(rank, self.fit(rank)):
+            return []
+        return [(r,) for r in self._ladder(rank[0])]
 
     def exact(self) -> tuple[Array, ...]:
         """One term per fibre along the longest axis."""
@@ -72,11 +81,22 @@ class CpFit(Fitted):
                         self.method.name, self.shape, rank[0], found)  # fmt: skip
         return found <= LIMIT
 
-    def _fitted(self, group: int, rank: int, below: int) -> Terms:
-        problem, rng = self._problems[group], np.random.default_rng(rank)
+    def _ladder(self, rank: int) -> list[int]:
+        return ladder(rank - 1, least_rank(self.shape))
+
+    def _at(self, rank: int) -> list[Terms]:
+        """Terms of every group, remembered."""
+        if rank not in self._terms:
+            lower = self._ladder(rank)
+            below = self._at(lower[-1]) if lower else [None] * self.shape.groups
+            self._terms[rank] = [self._fitted(*pair, rank) for pair in zip(self._problems, below, strict=True)]
+        return self._terms[rank]
+
+    def _fitted(self, problem: Problem, below: Terms | None, rank: int) -> Terms:
+        rng = np.random.default_rng(rank)
         if problem.norm == 0:
             return problem.random(rank, rng)
-        first = self._terms[below][group].widened(rank, rng) if below else problem.spectral(rank, rng)
+        first = below.widened(rank, rng) if below else problem.spectral(rank, rng)
         starts = [first, *(problem.random(rank, rng) for _ in range(self.cp.restarts))]
         terms = problem.als(starts, self.cp.sweeps, ridge=RIDGE)
         return problem.corrected(terms, SLACK, CALM) if problem.degeneracy(terms) > LIMIT else terms
@@ -148,9 +168,9 @@ class CpBase(Decomposition):
             equation=f"grc{first},{','.join(letters)},gsr{last}->gsc{'hwd'[:n]}",
         )
 
-    def factorize(self, weight: Array, gram: Array | None = None, *, most: Rank | None = None) -> Factorization:  # noqa: ARG002 - a rank is fitted when it is asked for
+    def factorize(self, weight: Array, gram: Array | None = None, *, most: Rank | None = None) -> Factorization:
         """Nothing yet: ranks are fitted when they are asked for."""
-        return CpFit(self, weight, gram)
+        return CpFit(self, weight, gram, most)
 
     def exact_rank(self, shape: LayerShape) -> Rank:
         """The number of fibres along the longest axis."""
