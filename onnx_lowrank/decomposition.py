@@ -16,12 +16,7 @@ class Factorization(ABC):
     """A weight decomposed once: errors and factors of every rank are then cheap.
 
     Errors are in the metric the weight was decomposed in: Frobenius, or the output error if it was calibrated.
-
-    Attributes:
-        by_rank: Whether every rank is a fit of its own, made when it is first asked for: asking has a price then.
     """
-
-    by_rank: ClassVar[bool] = False
 
     @abstractmethod
     def error(self, rank: Rank) -> float:
@@ -52,6 +47,7 @@ class Decomposition(ABC):
         on_request: Why the format is tried only where the user names it; empty: it is tried by default.
         depthwise: Whether there are depthwise stages between the ranks' channels. Kernels take these fast in whole
             channel blocks only, so `ranks` is given the machine's block even where time does not count.
+        by_rank: Whether every rank is a fit of its own, made when it is first asked for: asking has a price then.
         structure: How many leading entries of a rank say how the weight is arranged, not how much of it is kept;
             negative: all entries but so many. Errors fall with the rank among ranks that agree in them.
     """
@@ -59,6 +55,7 @@ class Decomposition(ABC):
     name: ClassVar[str]
     on_request: ClassVar[str] = ""
     depthwise: ClassVar[bool] = False
+    by_rank: ClassVar[bool] = False
     structure: ClassVar[int] = 0
 
     @abstractmethod

@@ -33,20 +33,6 @@ _DAMPING = {np.dtype(np.float32): 1e-6, np.dtype(np.float64): 1e-8}  # direction
 _Root = tuple[str, Array, Array]
 
 
-def output_error(weight: Array, other: Array, gram: Array) -> float:
-    """Relative output error sqrt(tr(D G D^T) / tr(M G M^T)) of `other` against `weight`; 0 if there is no output.
-
-    Args:
-        weight: Canonical weight (groups, out, in, *kernel), or (groups, out, n).
-        other: Of the same size.
-        gram: G, (groups, n, n).
-    """
-    matrix = weight.reshape(*weight.shape[:2], -1)
-    difference = matrix - other.reshape(matrix.shape)
-    energy = float(np.vdot(matrix @ gram, matrix))
-    return math.sqrt(max(0.0, float(np.vdot(difference @ gram, difference))) / energy) if energy > 0 else 0.0
-
-
 def refine(
     chain: Chain, factors: Sequence[Array], weight: Array, gram: Array, *, sweeps: int = 4, iterations: int = 2
 ) -> tuple[Array, ...]:

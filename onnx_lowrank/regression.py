@@ -65,10 +65,9 @@ class Chosen:
         weight = weight.reshape(self.layer.shape.weight)
         if self.method is None:
             return (weight,)
-        made = self.method.factorize(weight, gram, most=self.rank)
-        if made.by_rank and near is not None and gram is not None:
+        if self.method.by_rank and near is not None and gram is not None:
             return self.refined(near, weight, gram, SWEEPS)
-        return tuple(made.factors(self.rank))
+        return tuple(self.method.factorize(weight, gram, most=self.rank).factors(self.rank))
 
     def refined(self, factors: Sequence[Array], weight: Array, gram: Array, sweeps: int) -> tuple[Array, ...]:
         """Better factors, by at most `sweeps` sweeps of least squares; one factor alone is the weight itself."""

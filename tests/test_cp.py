@@ -83,13 +83,23 @@ def test_terms_that_cancel_are_not_usable() -> None:
 
 @pytest.mark.parametrize("block", [1, 8, 16])
 @pytest.mark.parametrize(
-    "shape", [LayerShape(1, 64, 48, (3, 3)), LayerShape(2, 20, 12, (5, 1)), LayerShape(1, 3, 2, (2,))]
+    "shape",
+    [
+        LayerShape(1, 64, 48, (3, 3)),
+        LayerShape(2, 20, 12, (5, 1)),
+        LayerShape(1, 3, 2, (2,)),
+        LayerShape(1, 512, 256, (3, 3)),
+    ],
 )
 def test_ranks_end_at_half_of_the_weights(shape: LayerShape, block: int) -> None:
     method = Cp()
     shares = [method.chain(shape, rank).params / shape.params for rank in method.ranks(shape, block)]
     assert shares
     assert max(shares) <= 0.5 or len(shares) == 1
+    if shape.out == 512:
+        ranks = [rank for (rank,) in method.ranks(shape, block)]
+        assert ranks == [16, 24, 32, 48, 64, 96, 128, 192, 256, 384] if block < 16 else [16, 32, 48, 64, 96, 128, 192]
+        assert max(shares) <= 1 / 3
 
 
 def test_layers_that_take_minutes_to_fit_are_refused_unless_asked_for() -> None:
@@ -117,6 +127,7 @@ def test_large_tensors_are_multiplied_in_float32() -> None:
     planted = Terms(np.ones(6), tuple(rng.standard_normal((n, 6)) for n in (80, 60, 9)))
     tensor = planted.dense() + 0.1 * rng.standard_normal((80, 60, 9))
     single, double = Problem(tensor), Problem(tensor[:60, :55])  # above and below the limit
+    assert (single._turned[0].dtype, double._turned[0].dtype) == (np.float32, np.float64)
     for problem in (single, double):
         found = problem.als([problem.spectral(6, np.random.default_rng(1))], 60, 1e-7)
         assert all(factor.dtype == np.float64 for factor in found.factors)
@@ -132,6 +143,39 @@ def test_one_rank_alone_is_as_good_as_among_all() -> None:
     alone, among = Cp().factorize(weight, gram, most=(9,)), Cp().factorize(weight, gram)
     assert alone.error((9,)) == among.error((9,))
     assert all(np.array_equal(a, b) for a, b in zip(alone.factors((9,)), among.factors((9,)), strict=True))
+
+
+def test_one_rank_alone_does_not_degenerate() -> None:
+    """Moments of fewer samples than inputs let terms grow: a lower rank is handed out."""
+    shape, rng = LayerShape(1, 16, 12, (3, 3)), np.random.default_rng(2)
+    weight, rows = rng.standard_normal(shape.weight), rng.standard_normal((20, shape.inputs))
+    gram = (rows.T @ rows / 20 + 1e-5 * np.eye(shape.inputs))[None]
+    made = CpFit(Cp(), weight, gram, (24,))
+    assert made.usable((24,), made.factors((24,)))
+
+
+def test_a_dead_group_stays_dead() -> None:
+    weight = np.random.default_rng(0).standard_normal((2, 8, 8, 3, 3))
+    weight[1] = 0
+    method, shape = Cp(), LayerShape(2, 8, 8, (3, 3))
+    made = method.factorize(weight)
+    for rank in (1, 4, 8):
+        dense = method.chain(shape, (rank,)).dense(made.factors((rank,)))
+        assert not dense[1].any()
+        assert made.error((rank,)) < 1
+    none = method.factorize(np.zeros((1, 6, 5, 3, 3)), np.eye(45)[None], most=(4,))
+    assert not any(factor.any() for factor in none.factors((4,)))
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_sizes_do_not_matter_and_what_is_exact_is_found(size: float) -> None:
+    """In float32, too."""
+    rng = np.random.default_rng(6)
+    terms = Terms(np.full(3, size), tuple(np.linalg.qr(rng.standard_normal((n, 3)))[0] for n in (80, 60, 9)))
+    weight = terms.dense().reshape(1, 80, 60, 3, 3)
+    made = Cp().factorize(weight)
+    assert made.error((3,)) < 1e-4
+    assert made.error((1,)) == pytest.approx(np.sqrt(2 / 3), rel=1e-2)
 
 
 @pytest.mark.parametrize("calibrated", [False, True])

@@ -9,12 +9,13 @@ import pytest
 from chains import moment
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from output_error import output_error
 
 from onnx_lowrank.chain import Chain, Stage
 from onnx_lowrank.contraction import second_moment
 from onnx_lowrank.decomposition import Rank
 from onnx_lowrank.layer import Array, LayerShape
-from onnx_lowrank.multilinear import output_error, refine
+from onnx_lowrank.multilinear import refine
 from onnx_lowrank.passes.decompose import decompositions
 
 METHODS = decompositions()

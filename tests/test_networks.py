@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from builders import conv_model
 from chains import moment
+from output_error import output_error
 from tensorly import tt_matrix_to_matrix
 from tensorly.random import random_tr, random_tt_matrix
 
@@ -16,7 +17,7 @@ from onnx_lowrank.decomposition import Rank
 from onnx_lowrank.graph.layers import layers
 from onnx_lowrank.graph.model import Graph
 from onnx_lowrank.layer import Array, LayerShape
-from onnx_lowrank.multilinear import output_error, refine
+from onnx_lowrank.multilinear import refine
 from onnx_lowrank.passes.decompose import decompositions
 from onnx_lowrank.passes.decompose.network import NetworkFormat
 from onnx_lowrank.passes.decompose.tensor_ring import balanced, ring, sensitivity, stabilised

@@ -8,13 +8,13 @@ import logging
 import shutil
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import joblib
 import numpy as np
 
-from onnx_lowrank.decomposition import Decomposition, Factorization
+from onnx_lowrank.decomposition import Decomposition, Factorization, Rank
 from onnx_lowrank.layer import Array, Layer
 
 logger = logging.getLogger(__name__)
@@ -57,16 +57,24 @@ class FactorizationCache(Mapping[Key, Factorization]):
         return len(self._held) + len(self._spilled)
 
     def make(
-        self, layer: Layer, method: Decomposition, weight: Array | None = None, gram: Array | None = None
+        self,
+        layer: Layer,
+        method: Decomposition,
+        weight: Array | None = None,
+        gram: Array | None = None,
+        ranks: Sequence[Rank] = (),
     ) -> Factorization:
         """The factorization of `layer` by `method`, made if need be; `weight` saves reading it again.
 
-        One made with `gram` is never forgotten: it could not be made again.
+        One made with `gram` is never forgotten: it could not be made again. `ranks` are fitted before it is kept: what
+        is written to the disk meanwhile would lack them.
         """
         key = (layer.key, method.name)
         with contextlib.suppress(KeyError):
             return self[key]
         made = method.factorize(layer.read() if weight is None else weight, gram)
+        for rank in ranks if method.by_rank else ():
+            made.error(rank)
         if gram is not None:
             self._calibrated.add(key)
         evicted: list[tuple[Key, Factorization]] = []

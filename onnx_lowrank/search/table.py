@@ -123,9 +123,9 @@ def row_of(
             refusals[method.name] = f"no rank of {layer.shape} has fewer weights than the layer"
 
     def tried(method: Decomposition) -> list[Candidate]:
-        made = cache.make(layer, method, weight, gram)
         found = ranks[method.name]
-        asked = grid.fitted(layer, method, found) if made.by_rank and not exact_only else found
+        asked = grid.fitted(layer, method, found) if method.by_rank and not exact_only else found
+        made = cache.make(layer, method, weight, gram, asked)
         return [candidate(layer, method, made, rank, grid.block) for rank in asked]
 
     work = (delayed(tried)(method) for method in accepted if method.name not in refusals)

@@ -181,6 +181,7 @@ class BlockTerm(Decomposition):
     name: ClassVar[str] = "block_term"
     on_request: ClassVar[str] = "every rank is fitted by iteration, minutes for wide layers"
     structure: ClassVar[int] = 1
+    by_rank: ClassVar[bool] = True
 
     def refusal(self, shape: LayerShape) -> str | None:
         """Refuse what has no kernel, or a side with one channel."""

@@ -16,7 +16,7 @@ import logging
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -32,7 +32,8 @@ logger = logging.getLogger(__name__)
 LIMIT, CALM = 10.0, 2.0  # sum ||term||^2 / ||W||^2: above the first terms are corrected, down to the second if they can
 SLACK = 0.01
 RIDGE = 3e-3  # as good as none on HED's layers, with terms a third as large, in half the time
-WIDE = 1 << 18  # weights from which on
+POLISH = 2  # sweeps without it at the end
+WIDE = 1 << 18  # weights beyond which ranks are fewer
 
 
 class CpFit(Fitted):
@@ -46,8 +47,8 @@ class CpFit(Fitted):
     """
 
     def __init__(self, method: CpBase, weight: Array, gram: Array | None, most: Rank | None = None) -> None:
-        super().__init__(method, weight, gram)
-        self.cp, self._only = method, most
+        super().__init__(method, weight, gram, most)
+        self.cp = method
         groups, out, in_ = weight.shape[:3]
         sizes = [math.prod(self.shape.kernel[axis] for axis in axes) for axes in method.axes(self.shape)]
         self._problems = [Problem(group) for group in self.weight.reshape(groups, out, in_, *sizes)]
@@ -60,8 +61,6 @@ class CpFit(Fitted):
 
     def lower(self, rank: Rank) -> Sequence[Rank]:
         """2^n and 3 2^n: what a rank is fitted to depends on nothing that was asked for before."""
-        if rank == self._only and self.usable(rank, self.fit(rank)):
-            return []
         return [(r,) for r in self._ladder(rank[0])]
 
     def exact(self) -> tuple[Array, ...]:
@@ -95,10 +94,12 @@ class CpFit(Fitted):
     def _fitted(self, problem: Problem, below: Terms | None, rank: int) -> Terms:
         rng = np.random.default_rng(rank)
         if problem.norm == 0:
-            return problem.random(rank, rng)
+            return replace(problem.random(rank, rng), weights=np.zeros(rank))
         first = below.widened(rank, rng) if below else problem.spectral(rank, rng)
         starts = [first, *(problem.random(rank, rng) for _ in range(self.cp.restarts))]
-        terms = problem.als(starts, self.cp.sweeps, ridge=RIDGE)
+        held = problem.als(starts, self.cp.sweeps, ridge=RIDGE)
+        freed = problem.als([held], POLISH)  # the ridge has shrunk what fits exactly, too
+        terms = freed if problem.degeneracy(freed) <= LIMIT else held
         return problem.corrected(terms, SLACK, CALM) if problem.degeneracy(terms) > LIMIT else terms
 
     def _stages(self, terms: Sequence[Terms]) -> tuple[Array, ...]:
@@ -118,6 +119,7 @@ class CpBase(Decomposition):
     """
 
     depthwise: ClassVar[bool] = True
+    by_rank: ClassVar[bool] = True
     restarts: int
     sweeps: int
 

@@ -79,11 +79,19 @@ class Problem:
 
     tensor: Array
 
+    def __getstate__(self) -> dict[str, Array]:
+        """Without what can be made again."""
+        return {"tensor": self.tensor}
+
     @cached_property
     def _turned(self) -> tuple[Array, Array]:
-        """The tensor with its second axis last, and with its first one last, as matrix products want it."""
-        work = self.tensor.astype(np.float32) if self.tensor.size >= _LARGE else self.tensor
+        """The tensor over `_scale`, its second axis last and its first one last, as matrix products want it."""
+        work = (self.tensor / self._scale).astype(np.float32 if self.tensor.size >= _LARGE else np.float64)
         return np.ascontiguousarray(np.moveaxis(work, 1, -1)), np.ascontiguousarray(np.moveaxis(work, 0, -1))
+
+    @cached_property
+    def _scale(self) -> float:
+        return float(np.abs(self.tensor).max()) or 1.0
 
     @cached_property
     def norm(self) -> float:
@@ -195,7 +203,7 @@ class Problem:
             sizes = {letter: len(factor) for letter, factor in named.items()} | {"r": len(weights)}
             own = letters[0] if axis < 2 else taps_letters[axis - 2]
             others = [(letter + "r", factor.astype(dtype)) for letter, factor in named.items() if letter != own]
-            mttkrp = contract([(letters + "r", partial), *others], own + "r", sizes).astype(np.float64)
+            mttkrp = contract([(letters + "r", partial), *others], own + "r", sizes).astype(np.float64) * self._scale
             gamma = np.prod([product for i, product in enumerate(products) if i != axis], axis=0)
             raw = step(mttkrp, gamma, factors[axis] * weights)
             factors[axis], weights = _unit(raw)

@@ -18,7 +18,6 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
@@ -36,10 +35,11 @@ _JITTER = {np.dtype(np.float32): 1e-7, np.dtype(np.float64): 1e-12}
 
 @dataclass(frozen=True, eq=False)
 class _Fit:
-    """Factors of one rank and their exact error; infinite for factors that must not be used."""
+    """Factors of one rank, their exact error, and whether they may be handed out where there are others."""
 
     factors: tuple[Array, ...]
     error: float
+    usable: bool = True
 
 
 class Fitted(Factorization):
@@ -49,11 +49,10 @@ class Fitted(Factorization):
         method: The format.
         weight: (g, S, C, *kernel).
         gram: Second moments (g, n, n) or None, see `Decomposition.factorize`.
+        most: The only rank that will be asked for; None: any. Lower ones are fitted to `gram` only if it is not usable.
     """
 
-    by_rank: ClassVar[bool] = True
-
-    def __init__(self, method: Decomposition, weight: Array, gram: Array | None) -> None:
+    def __init__(self, method: Decomposition, weight: Array, gram: Array | None, most: Rank | None = None) -> None:
         groups, out, in_, *kernel = weight.shape
         self.method, self.shape = method, LayerShape(groups, out, in_, tuple(kernel))
         self.weight = weight.astype(np.float64, copy=False)
@@ -65,6 +64,7 @@ class Fitted(Factorization):
         energy = self._product @ self._matrix.swapaxes(1, 2)
         self._total = float(np.trace(energy, axis1=1, axis2=2).sum())
         self._largest = float(np.linalg.eigvalsh(energy).max(initial=0.0))
+        self._only = None if metric is None else most
         self._fits: dict[Rank, _Fit] = {}
         self._told: dict[Rank, tuple[float, Rank]] = {}
 
@@ -102,7 +102,7 @@ class Fitted(Factorization):
         lower = self.lower(rank)
         looked_at = self._fits if lower is None else {rank, *lower}
         found = [(other, fit) for other, fit in self._fits.items() if other in looked_at and self._below(other, rank)]
-        return sorted(found, key=lambda entry: entry[1].error)
+        return sorted(found, key=lambda entry: (not entry[1].usable, entry[1].error))
 
     def _below(self, rank: Rank, other: Rank) -> bool:
         cut = self.method.structure
@@ -110,9 +110,12 @@ class Fitted(Factorization):
 
     def _answer(self, rank: Rank) -> tuple[float, Rank]:
         if rank not in self._told:
-            for each in (*(self.lower(rank) or ()), rank):
+            lower = self.lower(rank) or ()
+            for each in (rank, *lower) if rank == self._only else (*lower, rank):
                 if each not in self._fits:
                     self._fits[each] = self._made(each)
+                if each == self._only and self._fits[each].usable:
+                    break
             at, best = self._fits_below(rank)[0]
             above = [error for other, (error, _) in self._told.items() if self._below(rank, other)]
             self._told[rank] = max(best.error, *above, 0.0), at
@@ -129,8 +132,7 @@ class Fitted(Factorization):
             error = float(np.linalg.norm(self.weight - chain.dense(factors))) / math.sqrt(self._total)
         else:
             factors, error = self._refined(rank, chain, self._solved(chain, factors, self._gram), self._gram)
-        lowest = not self._fits_below(rank)  # something must be handed out
-        return _Fit(factors, error if lowest or self.usable(rank, factors) else math.inf)
+        return _Fit(factors, error, self.usable(rank, factors))
 
     def _solved(self, chain: Chain, factors: tuple[Array, ...], gram: Array) -> tuple[Array, ...]:
         """The factors with the last one solved for, where it alone holds the outputs."""

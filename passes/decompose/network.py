@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from onnx_lowrank.chain import Chain, Folded
 from onnx_lowrank.contraction import unused
@@ -82,6 +83,8 @@ def network(
 
 class NetworkFormat(Decomposition):
     """Base of tensor networks: the weight of one group, decomposed by some algorithm for each rank."""
+
+    by_rank: ClassVar[bool] = True
 
     @abstractmethod
     def algorithm(self, weight: Array) -> Algorithm:

@@ -108,6 +108,7 @@ class TensorTrain(Decomposition):
     """Tensor train by orthogonal bases: 1x1 C->r1, kh x 1 r1->r2, 1 x kw r2->r3, 1x1 r3->S."""
 
     name: ClassVar[str] = "tensor_train"
+    by_rank: ClassVar[bool] = True
     on_request: ClassVar[str] = "it has three ranks, and so many chains to time"
 
     def halves(self, shape: LayerShape) -> tuple[Shape, Shape]:
