@@ -35,6 +35,7 @@ PROBE_VERSION = 5
 # Samples losses are probed on: as many as this many multiply-accumulates pay for, between these two.
 PROBE_MACS = 4e12
 PROBE_SAMPLES = (8, 256)
+LARGE = 2048  # inputs from which on methods take turns: each holds several matrices of that size
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,8 +132,9 @@ class CalibratedTable:
 
     def _row(self, layer: Layer, gram: Array | None = None) -> Row:
         methods = tuple(self.methods.values())
+        workers = most_workers() if gram is None or gram.shape[1] < LARGE else 1
         with one_blas_thread():
-            return row_of(layer, methods, self.grid_of(layer), self.cache, gram=gram, workers=most_workers())
+            return row_of(layer, methods, self.grid_of(layer), self.cache, gram=gram, workers=workers)
 
     def _probes(self, path: Route, room: Path) -> Probes:
         """The start of the walk, and the original's outputs on the samples that are probed with."""
