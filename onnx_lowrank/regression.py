@@ -52,21 +52,11 @@ class Chosen:
         shape = self.layer.shape
         return Chain.unfactored(shape) if self.method is None else self.method.chain(shape, self.rank)
 
-    def factors(
-        self, weight: Array, gram: Array | None = None, *, near: Sequence[Array] | None = None
-    ) -> tuple[Array, ...]:
-        """The chain nearest to `weight`, in the metric of `gram` where it is given.
-
-        Args:
-            weight: (groups, out, n).
-            gram: (groups, n, n).
-            near: Factors of a weight not far from this one: where a fit from scratch takes long, they are moved here.
-        """
+    def factors(self, weight: Array, gram: Array | None = None) -> tuple[Array, ...]:
+        """The chain nearest to `weight`, in the metric of `gram` where it is given."""
         weight = weight.reshape(self.layer.shape.weight)
         if self.method is None:
             return (weight,)
-        if self.method.by_rank and near is not None and gram is not None:
-            return self.refined(near, weight, gram, SWEEPS)
         return tuple(self.method.factorize(weight, gram, most=self.rank).factors(self.rank))
 
     def refined(self, factors: Sequence[Array], weight: Array, gram: Array, sweeps: int) -> tuple[Array, ...]:
@@ -145,13 +135,14 @@ def fit_chain(one: Chosen, data: LayerData, inside: Array | None, *, regress: bo
     best = plain
     if regress:
         ridge, wanted = _regressed(weight, moments, data, centred=centred)
-        start = tried(
-            f"regression, ridge {ridge.share:g}", one.factors(wanted, ridge.gram, near=plain.factors), moments
-        )
-        found = [plain, start]
+        what, found, start = f"regression, ridge {ridge.share:g}", [plain], plain.factors
+        # A format that is fitted by iteration starts from the chain there is: this weight is not far from the first.
+        if one.method is None or not one.method.by_rank:
+            found.append(tried(what, one.factors(wanted, ridge.gram), moments))
+            start = found[-1].factors
         if one.method is not None:
-            refined = one.refined(start.factors, wanted, ridge.gram, SWEEPS)
-            found.append(tried(f"{start.what}, refined", refined, moments))
+            refined = one.refined(start, wanted, ridge.gram, SWEEPS)
+            found.append(tried(f"{what}, refined", refined, moments))
         best = min(found, key=lambda entry: entry.error)
         if data.relu:
             best = _relaxed(one, data, moments, ridge, best, tried)
