@@ -35,11 +35,10 @@ _JITTER = {np.dtype(np.float32): 1e-7, np.dtype(np.float64): 1e-12}
 
 @dataclass(frozen=True, eq=False)
 class _Fit:
-    """Factors of one rank, their exact error, and whether they may be handed out where there are others."""
+    """Factors of one rank and their exact error; infinite for factors that must not be used."""
 
     factors: tuple[Array, ...]
     error: float
-    usable: bool = True
 
 
 class Fitted(Factorization):
@@ -102,7 +101,7 @@ class Fitted(Factorization):
         lower = self.lower(rank)
         looked_at = self._fits if lower is None else {rank, *lower}
         found = [(other, fit) for other, fit in self._fits.items() if other in looked_at and self._below(other, rank)]
-        return sorted(found, key=lambda entry: (not entry[1].usable, entry[1].error))
+        return sorted(found, key=lambda entry: entry[1].error)
 
     def _below(self, rank: Rank, other: Rank) -> bool:
         cut = self.method.structure
@@ -114,7 +113,7 @@ class Fitted(Factorization):
             for each in (rank, *lower) if rank == self._only else (*lower, rank):
                 if each not in self._fits:
                     self._fits[each] = self._made(each)
-                if each == self._only and self._fits[each].usable:
+                if each == self._only and self._fits[each].error < math.inf:
                     break
             at, best = self._fits_below(rank)[0]
             above = [error for other, (error, _) in self._told.items() if self._below(rank, other)]
@@ -132,7 +131,9 @@ class Fitted(Factorization):
             error = float(np.linalg.norm(self.weight - chain.dense(factors))) / math.sqrt(self._total)
         else:
             factors, error = self._refined(rank, chain, self._solved(chain, factors, self._gram), self._gram)
-        return _Fit(factors, error, self.usable(rank, factors))
+        lower = self.lower(rank)
+        lowest = not (self._fits_below(rank) if lower is None else lower)  # something must be handed out
+        return _Fit(factors, error if lowest or self.usable(rank, factors) else math.inf)
 
     def _solved(self, chain: Chain, factors: tuple[Array, ...], gram: Array) -> tuple[Array, ...]:
         """The factors with the last one solved for, where it alone holds the outputs."""
