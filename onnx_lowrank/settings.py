@@ -56,7 +56,7 @@ class Settings:
     keep: tuple[str, ...] = ()
     seed: int = 0
     time_limit: float | None = None
-    memory_limit: int = 1 << 30
+    memory_limit: int = 1 << 29
     bisect: bool = False
     evaluations: int = 100
 
