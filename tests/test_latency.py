@@ -147,6 +147,18 @@ def test_latencies_of_other_circumstances_are_not_found(tmp_path: Path):
     assert Circumstances.here(Target(threads=1, levels=("all",))) == HERE
 
 
+@pytest.mark.parametrize("allowed", [True, False])
+def test_nodes_that_may_run_on_the_cpu_are_other_circumstances(allowed: bool):
+    target = Target("openvino", threads=1, provider_options={"o": "1"}, allow_fallback=allowed)
+    where = Circumstances.here(target)
+    assert (where == Circumstances.here(replace(target, allow_fallback=not allowed))) is False
+    assert where.target().allow_fallback is allowed
+    assert where.target().provider_options == {"o": "1"}
+    assert ("allow_fallback=true" in where.label) is allowed
+    assert Circumstances.from_dict(where.to_dict()) == where
+    assert Circumstances.here(Target(threads=1, allow_fallback=allowed)) == HERE, "there is nowhere else to run"
+
+
 def test_a_model_is_as_fast_as_itself_by_definition():
     session = open_session(conv_model((1, 3, 8, 8), (4, 3, 3, 3)).SerializeToString(), ONE)
     feeds = {"x": np.ones((1, 3, 8, 8), np.float32)}

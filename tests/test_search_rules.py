@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -123,6 +124,14 @@ def test_without_optuna(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         with pytest.raises(InputError, match=f"^{re.escape(text)}$"):
             call()
+
+
+@pytest.mark.parametrize("name", sorted(BY_OPTUNA))
+def test_the_log_of_optuna_is_left_as_it_was(name: str) -> None:
+    log = logging.getLogger("optuna")
+    before = log.level
+    ALLOCATORS[name](given_to(misleading(), Network((1.0,) * 6)))
+    assert log.level == before
 
 
 @settings(deadline=None, max_examples=60)

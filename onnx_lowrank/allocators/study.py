@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -52,9 +53,9 @@ def studied(
     import optuna  # noqa: PLC0415 - optional
 
     trials = Trials(problem, rule)
-    logging.getLogger("optuna").setLevel(logging.WARNING)  # it tells of every study
     least = [optuna.study.StudyDirection.MINIMIZE] * len(objectives(0.0, 0.0))
-    study = optuna.create_study(sampler=sampler(problem.evidence.seed), directions=least)
+    with _quiet(logging.getLogger("optuna")):
+        study = optuna.create_study(sampler=sampler(problem.evidence.seed), directions=least)
     names = [f"layer{number}" for number in range(len(trials.ladders))]
     space = {
         name: optuna.distributions.IntDistribution(0, len(ladder) - 1)
@@ -69,3 +70,14 @@ def studied(
         used = problem.total(trials.chosen(place)) / (problem.budget or 1.0)
         study.tell(asked, list(objectives(trials.loss(place), used)))
     return trials.best
+
+
+@contextlib.contextmanager
+def _quiet(log: logging.Logger) -> Iterator[None]:
+    """Without news of a study that nobody asked for by name; the caller's level is given back."""
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(level)

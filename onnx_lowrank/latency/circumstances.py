@@ -13,6 +13,10 @@ from onnx_lowrank.runtime import versions
 from onnx_lowrank.target import PROVIDERS, Target
 
 
+FALLBACK = "allow_fallback"
+"""Stands among the options where nodes that the provider cannot take were allowed to run on the CPU."""
+
+
 def lowered_by() -> str:
     """The version that lowers chains to nodes: another one may write other nodes for the same chain."""
     return versions().get("onnx-lowrank", "")
@@ -25,7 +29,7 @@ class Circumstances:
     Args:
         device: Fingerprint in words: CPU model, instruction sets, accelerator.
         provider: Short name, a key of `PROVIDERS`.
-        options: Provider options, sorted by name.
+        options: Provider options, sorted by name, and `FALLBACK`.
         threads: Intra-op threads.
         onnxruntime: Its version.
         level: Graph optimization level.
@@ -46,10 +50,11 @@ class Circumstances:
     @functools.cache
     def here(target: Target, level: str = "all") -> Circumstances:
         """Those of a measurement made on this machine."""
+        mixed = {FALLBACK: "true"} if target.allow_fallback and target.provider != "cpu" else {}
         return Circumstances(
             device=fingerprint(target.provider),
             provider=target.provider,
-            options=tuple(sorted(target.provider_options.items())),
+            options=tuple(sorted((target.provider_options | mixed).items())),
             threads=target.threads,
             onnxruntime=versions()["onnxruntime"],
             level=level,
@@ -87,7 +92,9 @@ class Circumstances:
 
     def target(self) -> Target:
         """A target with the same provider, options and threads."""
-        return Target(self.provider, self.threads, provider_options=dict(self.options))
+        options = dict(self.options)
+        mixed = options.pop(FALLBACK, None) is not None
+        return Target(self.provider, self.threads, provider_options=options, allow_fallback=mixed)
 
     def at(self, level: str) -> Circumstances:
         """The same at another optimization level."""

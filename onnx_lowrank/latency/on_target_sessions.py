@@ -136,10 +136,11 @@ class Target:
 
     def circumstances(self, level: str, lowered_by: str) -> dict[str, Any]:
         """As latency tables spell them out."""
+        mixed = {"allow_fallback": "true"} if self._fallback and self.provider != "cpu" else {}
         return {
             "device": fingerprint(self.provider),
             "provider": self.provider,
-            "options": self.options,
+            "options": self.options | mixed,
             "threads": self.threads,
             "onnxruntime": ort.__version__,
             "level": level,
