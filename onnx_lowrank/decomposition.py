@@ -36,6 +36,17 @@ class Factorization(ABC):
     def factors(self, rank: Rank) -> tuple[Array, ...]:
         """Weights of the chain's stages at `rank`, first stage first, each of shape `stage.weight`."""
 
+    def data_free(self, rank: Rank) -> tuple[Array, ...] | None:  # noqa: ARG002 - for formats that are fitted
+        """Factors in the Frobenius metric that a calibrated fit started from; None where it started from none."""
+        return None
+
+    def in_metric(self, gram: Array, rank: Rank) -> Factorization | None:  # noqa: ARG002 - for formats that are fitted
+        """The same weight in another metric, at one rank, from what is known in any; None where that saves nothing.
+
+        It is the one that `Decomposition.factorize` would make.
+        """
+        return None
+
 
 class Decomposition(ABC):
     """A low-rank format. Subclasses are frozen dataclasses; their fields are their only options.

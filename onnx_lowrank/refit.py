@@ -14,6 +14,9 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
 
 from onnx_lowrank.calibration.layer_data import Block, LayerData
 from onnx_lowrank.calibration.samples import Samples
@@ -21,7 +24,7 @@ from onnx_lowrank.calibration.stops import stops
 from onnx_lowrank.calibration.unfold import Counted, Unfolding, rows_per_sample
 from onnx_lowrank.calibration.walk import Cut, Front, Values, route
 from onnx_lowrank.chain import Fit
-from onnx_lowrank.decomposition import Decomposition
+from onnx_lowrank.decomposition import Decomposition, Factorization
 from onnx_lowrank.graph.keys import traceable
 from onnx_lowrank.graph.model import Graph
 from onnx_lowrank.layer import Array, Layer
@@ -34,11 +37,23 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 
 
-def chosen_layers(layers: Iterable[Layer], plan: Plan, methods: Mapping[str, Decomposition]) -> list[Chosen]:
-    """What a plan makes of those of `layers` it names, kept ones included."""
+def chosen_layers(
+    layers: Iterable[Layer],
+    plan: Plan,
+    methods: Mapping[str, Decomposition],
+    known: Mapping[tuple[str, str], Factorization] = MappingProxyType({}),
+) -> list[Chosen]:
+    """What a plan makes of those of `layers` it names, kept ones included.
+
+    Args:
+        layers: The layers.
+        plan: The plan.
+        methods: Decompositions by name.
+        known: Factorizations of their weights by layer key and method, where there are some.
+    """
     choices = {choice.key: choice for choice in plan.layers}
     named = ((layer, choices[layer.key]) for layer in layers if layer.key in choices)
-    return [Chosen(layer) if c.keeps else Chosen(layer, methods[c.method], c.rank) for layer, c in named]
+    return [Chosen(layer) if c.keeps else Chosen(layer, methods[c.method], c.rank, known) for layer, c in named]
 
 
 def refit(
@@ -141,15 +156,19 @@ class _Walk:
         shape = one.layer.shape
         unfolding = Unfolding(one.layer.form, shape, rows_per_sample(shape, len(self.samples.fit)))
         blocks: dict[bool, list[Block]] = {True: [], False: []}
+        relu = cut.relu
 
         def hear(batch: int, y: Values) -> None:
+            nonlocal relu
             if len({held.shape(cut.x, batch) for held in self.fronts}) > 1:
                 return  # shapes that depend on values: no row has a counterpart
             wanted, beside, counted = y, None, self.counted[batch]
             if cut.beside is not None:
                 before, now = (held.value(cut.beside, batch) for held in self.fronts)
-                if before.shape == now.shape == y.shape:
-                    wanted, beside = y + before, unfolding.targets(now, counted)
+                if before.shape == now.shape and np.broadcast_shapes(before.shape, y.shape) == y.shape:
+                    wanted, beside = y + before, unfolding.targets(np.broadcast_to(now, y.shape), counted)
+                else:  # y is added to each of several positions: what the ReLU lets through is not y's to know
+                    relu = False
 
             def inputs() -> Array:
                 return unfolding.rows(self.fronts[1].value(cut.x, batch), counted)
@@ -160,7 +179,7 @@ class _Walk:
             blocks[self.fits[batch]].append(Block(inputs, unfolding.targets(wanted, counted), beside))
 
         self.fronts[0].advance(self.original, front, cut.y, hear)
-        return LayerData(blocks[True], blocks[False], cut.relu)
+        return LayerData(blocks[True], blocks[False], relu)
 
 
 def _twin(graph: Graph) -> Graph:

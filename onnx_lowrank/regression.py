@@ -11,8 +11,8 @@ whether to take any of this, are chosen on samples that were not fitted on.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import scipy.linalg
@@ -20,7 +20,7 @@ import scipy.linalg
 from onnx_lowrank.calibration.layer_data import LayerData
 from onnx_lowrank.calibration.moments import Accumulator, CrossAccumulator, Moments
 from onnx_lowrank.chain import Chain, Fit
-from onnx_lowrank.decomposition import Decomposition, Rank
+from onnx_lowrank.decomposition import Decomposition, Factorization, Rank
 from onnx_lowrank.layer import Array, Layer
 from onnx_lowrank.multilinear import refine
 
@@ -40,11 +40,13 @@ class Chosen:
         layer: The layer.
         method: The decomposition; None: the layer keeps its shape.
         rank: Of the decomposition.
+        known: Factorizations of weights by layer key and method; where there is none for this layer it is made.
     """
 
     layer: Layer
     method: Decomposition | None = None
     rank: Rank = ()
+    known: Mapping[tuple[str, str], Factorization] = field(default_factory=dict[tuple[str, str], Factorization])
 
     @property
     def chain(self) -> Chain:
@@ -58,6 +60,22 @@ class Chosen:
         if self.method is None:
             return (weight,)
         return tuple(self.method.factorize(weight, gram, most=self.rank).factors(self.rank))
+
+    def started(self, weight: Array, gram: Array) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+        """The chains nearest to the layer's own weight, without samples and in the metric of `gram`.
+
+        Args:
+            weight: The layer's, (groups, out, n).
+            gram: (groups, n, n).
+        """
+        if self.method is None:
+            return (self.factors(weight),) * 2
+        canonical = weight.reshape(self.layer.shape.weight)
+        known = self.known.get((self.layer.key, self.method.name)) if self.method.by_rank else None
+        made = None if known is None else known.in_metric(gram, self.rank)
+        made = made or self.method.factorize(canonical, gram, most=self.rank)
+        calibrated = tuple(made.factors(self.rank))
+        return made.data_free(self.rank) or self.factors(weight), calibrated
 
     def refined(self, factors: Sequence[Array], weight: Array, gram: Array, sweeps: int) -> tuple[Array, ...]:
         """Better factors, by at most `sweeps` sweeps of least squares; one factor alone is the weight itself."""
@@ -128,9 +146,10 @@ def fit_chain(one: Chosen, data: LayerData, inside: Array | None, *, regress: bo
         bias = seen.y_mean - np.einsum("gsn,gn->gs", matrix, seen.mean) if centred else None
         return _Try(what, factors, matrix, bias, data.error(matrix, bias))
 
-    plain = tried("whitened", one.factors(weight, moments.shrunk(centred=centred)), moments)
+    free, calibrated = one.started(weight, moments.shrunk(centred=centred))
+    plain = tried("whitened", calibrated, moments)
+    bias = None if inside is None else inside.reshape(shape.groups, shape.out)
     if one.method is None:
-        bias = None if inside is None else inside.reshape(shape.groups, shape.out)
         plain = replace(plain, what="kept", bias=bias, error=data.error(weight, bias))
     best = plain
     if regress:
@@ -143,6 +162,10 @@ def fit_chain(one: Chosen, data: LayerData, inside: Array | None, *, regress: bo
         if one.method is not None:
             refined = one.refined(start, wanted, ridge.gram, SWEEPS)
             found.append(tried(f"{what}, refined", refined, moments))
+            found.append(corrected := tried("data-free", free, moments))
+            if centred:
+                error = data.error(corrected.matrix, bias)
+                found.append(replace(corrected, what="data-free, the bias as it was", bias=bias, error=error))
         best = min(found, key=lambda entry: entry.error)
         if data.relu:
             best = _relaxed(one, data, moments, ridge, best, tried)
@@ -172,9 +195,10 @@ def _regressed(weight: Array, moments: Moments, data: LayerData, *, centred: boo
 
     The error falls and then rises with the ridge: from the middle of the grid on, the way it falls.
     """
+    plain = moments.gram(centred=centred)
 
     def attempt(at: int) -> tuple[float, _Ridge, Array]:
-        ridge = _Ridge(weight, moments, RIDGES[at], centred=centred)
+        ridge = _Ridge(weight, plain, RIDGES[at], centred=centred)
         solved = ridge.solve(moments)
         bias = moments.y_mean - np.einsum("gsn,gn->gs", solved, moments.mean) if centred else None
         return data.error(solved, bias), ridge, solved
@@ -196,23 +220,32 @@ class _Ridge:
 
     Args:
         weight: The old one, (groups, out, n).
-        moments: Of the inputs.
-        share: Lambda as a share of the mean of the second moment's diagonal.
+        plain: The inputs' second moment.
+        share: Lambda as a share of the mean of its diagonal.
         centred: Whether moments are central.
     """
 
-    def __init__(self, weight: Array, moments: Moments, share: float, *, centred: bool) -> None:
-        self.share, self._centred = share, centred
-        plain = moments.gram(centred=centred)
-        self._towards = (share * _levels(plain))[:, None, None] * weight
-        self.gram = ridged(plain, share)
+    def __init__(self, weight: Array, plain: Array, share: float, *, centred: bool) -> None:
+        self.share, self._plain, self._centred = share, plain, centred
+        self._towards = (share * _levels(self._plain))[:, None, None] * weight
         self._roots = [_root(gram) for gram in self.gram]
+
+    @property
+    def gram(self) -> Array:
+        """A, (groups, n, n), made anew: kept for every lambda tried, several would be held at once."""
+        return ridged(self._plain, self.share)
 
     def solve(self, moments: Moments) -> Array:
         """M_ls, (groups, out, n), for the targets of `moments`."""
         right = moments.target(centred=self._centred) + self._towards
-        pairs = zip(self.gram, self._roots, right, strict=True)
-        return np.stack([_solve(gram, root, side) for gram, root, side in pairs])
+        return np.stack([self._solved(group, side) for group, side in enumerate(right)])
+
+    def _solved(self, group: int, right: Array) -> Array:
+        """X with X A = right."""
+        root = self._roots[group]
+        if root is None:
+            return np.linalg.lstsq(self.gram[group], right.T, rcond=1e-7)[0].T
+        return scipy.linalg.cho_solve((root, True), right.T, check_finite=False).T
 
 
 def _levels(gram: Array) -> Array:
@@ -229,15 +262,8 @@ def ridged(gram: Array, share: float) -> Array:
 
 
 def _root(gram: Array) -> Array | None:
-    """Lower Cholesky factor; None where rounding of nearly dependent inputs leaves none."""
+    """Lower Cholesky factor, in place of `gram`; None where rounding of nearly dependent inputs leaves none."""
     try:
-        return scipy.linalg.cholesky(gram, lower=True, check_finite=False)
+        return scipy.linalg.cholesky(gram.T, lower=True, overwrite_a=True, check_finite=False)
     except scipy.linalg.LinAlgError:
         return None
-
-
-def _solve(gram: Array, root: Array | None, right: Array) -> Array:
-    """X with X gram = right."""
-    if root is None:
-        return np.linalg.lstsq(gram, right.T, rcond=1e-7)[0].T
-    return scipy.linalg.cho_solve((root, True), right.T, check_finite=False).T

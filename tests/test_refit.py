@@ -171,6 +171,54 @@ def test_constant_inputs(value: float) -> None:
     assert found.error < 1e-6  # the bias alone gives it
 
 
+def few_images(rng: np.random.Generator, count: int, weight: NDArray[np.float64]) -> list[Block]:
+    """Rows of `count` images, 40 each, that vary along six directions of their own."""
+    scales = np.geomspace(1, 0.05, weight.shape[1])
+    blocks: list[Block] = []
+    for _ in range(count):
+        c = (rng.standard_normal((40, 6)) @ rng.standard_normal((6, len(scales))) * scales)[:, None, :]
+        blocks.append(Block(lambda c=c: c, c @ weight.T + 0.5, None))
+    return blocks
+
+
+@pytest.mark.parametrize("count", [2, 4, 16])
+def test_few_and_alike_samples_do_no_harm(count: int) -> None:
+    errors: list[tuple[float, float]] = []
+    for seed in range(6):
+        layer = a_layer(LayerShape(1, 32, 32), seed)
+        weight, rng = layer.read().reshape(32, 32), np.random.default_rng(seed)
+        data = LayerData(few_images(rng, count, weight), few_images(rng, max(count // 4, 1), weight), relu=False)
+        fresh = replace(data, judge=few_images(rng, 60, weight))
+        one, bias = Chosen(layer, SVD, (12,)), np.full((1, 32), 0.5)
+        free = one.chain.dense(one.factors(weight)).reshape(1, 32, 32)
+        found = fit_chain(one, data, bias[0])
+        assert found.fit is not None
+        assert found.fit.bias is not None
+        assert found.error <= data.error(free, bias) * (1 + 1e-9)
+        matrix = one.chain.dense(found.fit.factors).reshape(1, 32, 32)
+        errors.append((fresh.error(matrix, bias + found.fit.bias), fresh.error(free, bias)))
+    found_error, free_error = np.mean(errors, axis=0)
+    assert found_error < 1.1 * free_error  # on samples that were neither fitted nor judged by
+
+
+@pytest.mark.parametrize("name", sorted(name for name, method in METHODS.items() if method.by_rank))
+def test_what_is_known_of_a_weight_changes_nothing(name: str) -> None:
+    method = METHODS[name]
+    shapes = (LayerShape(1, 12, 8, (3, 3)), LayerShape(1, 24, 36))
+    layer = a_layer(next(shape for shape in shapes if method.refusal(shape) is None), 3)
+    weight, n = layer.read(), layer.shape.inputs
+    rank = method.ranks(layer.shape, 1)[-1]
+    c = np.random.default_rng(0).standard_normal((200, n)) * np.geomspace(1, 0.1, n)
+    gram, other = (c.T @ c / 200)[None], np.eye(n)[None]
+    known = method.factorize(weight, other)
+    for each in method.ranks(layer.shape, 1):
+        known.error(each)
+    plain = Chosen(layer, method, rank).started(weight, gram)
+    helped = Chosen(layer, method, rank, {(layer.key, method.name): known}).started(weight, gram)
+    for one, two in zip(plain, helped, strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
+
+
 def test_no_rows_at_all_leave_a_data_free_chain() -> None:
     layer = a_layer(LayerShape(1, 5, 7), 0)
     nothing = [Block(lambda: np.zeros((0, 1, 7)), np.zeros((0, 1, 5)), None)]
@@ -252,6 +300,29 @@ def test_layers_that_are_kept_are_refitted_behind_the_first_chain_only(tmp_path:
     assert set(alone) == {"one/b"}
     feeds = {"image": np.random.default_rng(9).standard_normal((64, 3, 8, 8)).astype(np.float32)}
     assert distance(proto, made, feeds) <= distance(proto, only, feeds)
+
+
+@pytest.mark.parametrize("wide", ["branch", "layer"])
+def test_a_branch_that_is_broadcast_in_front_of_a_relu(wide: str, tmp_path: Path) -> None:
+    weights = {"w": weight(16, 8, 1, 1), "v": weight(16, 8, 1, 1, seed=1, scale=30.0)}
+    nodes = [
+        node("GlobalAveragePool", "image", "pooled"),
+        node("Conv", "pooled v" if wide == "layer" else "image v", "other", "other"),
+        node("Conv", "image w" if wide == "layer" else "pooled w", "y", "factored"),
+        node("Add", "y other", "sum"),
+        node("Relu", "sum", "answer"),
+    ]
+    proto = model(nodes, [value("image", ["N", 8, 8, 8])], [value("answer", ["N", 16, 8, 8])], weights)
+    chosen = [
+        Chosen(layer, SVD, (3,)) if layer.key == "factored" else Chosen(layer) for layer in layers(Graph(proto))[0]
+    ]
+    feeds = {"image": np.random.default_rng(9).standard_normal((64, 8, 8, 8)).astype(np.float32)}
+    errors: list[float] = []
+    for regress in (True, False):
+        made, _ = refitted(proto, chosen, samples(96, "image", (8, 8, 8)), tmp_path, regress=regress)
+        truth, got = (run_model(each, feeds)[0] for each in (proto, made))
+        errors.append(float(np.linalg.norm(got - truth)))
+    assert errors[0] <= errors[1] * 1.002
 
 
 def test_nothing_to_refit(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from roads import bodies, node, shared
 from walks import branching, embedding, residual, sequences, stopping, weight
 
 from onnx_lowrank.calibration.walk import CannotCutError, Front, Route, route
+from onnx_lowrank.errors import InputError
 from onnx_lowrank.target import Target
 
 RNG = np.random.default_rng(4)
@@ -160,6 +162,24 @@ def test_text_cannot_be_carried(tmp_path: Path) -> None:
     front = Front(tmp_path, TARGET)
     with pytest.raises(CannotCutError, match=r"^'words' holds a text, not an array of numbers$"):
         front.put({"words": np.array(["a", "b"], dtype=object)})
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
+def test_a_full_disk_is_told(tmp_path: Path) -> None:
+    import resource  # noqa: PLC0415 - not on Windows
+
+    front = Front(tmp_path, TARGET)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    text = (
+        r"^got no room for the activations of 0 batches \(.* GB free: .*\); expected room for what each layer reads, "
+        "for every sample, twice; free some, write the model to another disk, or take fewer --samples$"
+    )
+    try:
+        with pytest.raises(InputError, match=text):
+            front.put({"x": np.ones((64, 64), np.float32)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_half_precision_stays_half(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ The front lies in files (their pages are the operating system's to keep or drop)
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from onnx_lowrank.errors import InputError
 from onnx_lowrank.graph.extract import extract, reads
 from onnx_lowrank.graph.keys import keyed_nodes
 from onnx_lowrank.graph.model import Graph
@@ -49,7 +51,8 @@ class Cut:
         key: The node's key.
         x: The activation it reads.
         y: What it writes.
-        beside: What is added to y and is known before it: the other branch of a residual sum; None if there is none.
+        beside: What is added to y and is known before it: the other branch of a residual sum, or what is broadcast
+            over y; None if there is none.
         relu: Whether a ReLU follows, with nothing in between but such a sum.
     """
 
@@ -211,5 +214,11 @@ class Front:
         self._types[name] = onnx.helper.np_dtype_to_tensor_dtype(value.dtype)
         self._number += 1
         path = self._folder / f"{self._number}.npy"
-        np.save(path, value)
+        try:
+            np.save(path, value)
+        except OSError as error:
+            free = shutil.disk_usage(self._folder).free / 1e9
+            got = f"no room for the activations of {self.batches()} batches ({free:.1f} GB free: {error})"
+            do = "free some, write the model to another disk, or take fewer --samples"
+            raise InputError(got, "room for what each layer reads, for every sample, twice", do) from error
         return path

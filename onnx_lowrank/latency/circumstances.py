@@ -12,7 +12,6 @@ from onnx_lowrank.latency.measure import steady_clock
 from onnx_lowrank.runtime import versions
 from onnx_lowrank.target import PROVIDERS, Target
 
-
 FALLBACK = "allow_fallback"
 """Stands among the options where nodes that the provider cannot take were allowed to run on the CPU."""
 

@@ -76,7 +76,7 @@ class Bench:
         if plan.digest not in self._refitted:
             with self.phases.phase("refit") as advance:
                 given = self.table.calibration
-                chosen = chosen_layers(self.table.layers, plan, self.methods)
+                chosen = chosen_layers(self.table.layers, plan, self.methods, self.cache)
                 self._refitted[plan.digest] = refit(
                     self.graph, chosen, given.samples, given.target, self.folder, advance, regress=plan.fit == REFIT
                 )

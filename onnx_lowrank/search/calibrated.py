@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
+
 from onnx_lowrank.calibration.input_moments import InputMoments
 from onnx_lowrank.calibration.moments import output_energy
 from onnx_lowrank.calibration.samples import Samples
@@ -47,7 +49,7 @@ class Calibration:
         target: Where networks run.
         folder: For activations, while they are needed.
         memory: Remembers probed losses from run to run.
-        identity: Everything a probed loss depends on beside layer, method and rank.
+        identity: Everything a probed loss depends on beside the arrays that stand in for weights.
     """
 
     samples: Samples
@@ -185,11 +187,15 @@ class CalibratedTable:
 
     def _remembered(self, probes: Probes, number: int, what: list[object], changed: Sequence[Candidate]) -> float:
         where, probed = self.calibration.target.provider, sorted(probes.probing.items())
+        replacements = [self._replacement(candidate) for candidate in changed]
         text = json.dumps([self.calibration.identity, where, probed, *what])
-        key = "loss " + hashlib.sha256(text.encode()).hexdigest()
+        content = hashlib.sha256(text.encode())
+        for array in (array for each in replacements for array in (*each.fit.factors, each.fit.bias)):
+            content.update(b"none" if array is None else np.ascontiguousarray(array).data)
+        key = "loss " + content.hexdigest()
         known = self.calibration.memory.fact(key)
         if known is None:
-            known = repr(probes.loss([self._replacement(candidate) for candidate in changed], number))
+            known = repr(probes.loss(replacements, number))
             self.calibration.memory.put_fact(key, known)
         return float(known)
 

@@ -80,6 +80,12 @@ class CpFit(Fitted):
                         self.method.name, self.shape, rank[0], found)  # fmt: skip
         return found <= LIMIT
 
+    def in_metric(self, gram: Array, rank: Rank) -> CpFit:
+        """With the terms there are: fitting them takes far longer than what calibration makes of them."""
+        made = CpFit(self.cp, self.weight, gram, rank)
+        made._terms = self._terms
+        return made
+
     def _ladder(self, rank: int) -> list[int]:
         return ladder(rank - 1, least_rank(self.shape))
 

@@ -69,7 +69,7 @@ class Fitted(Factorization):
 
     @abstractmethod
     def fit(self, rank: Rank) -> tuple[Array, ...]:
-        """Data-free factors at one rank, asked for once."""
+        """Data-free factors at one rank, the same whenever they are asked for."""
 
     @abstractmethod
     def exact(self) -> tuple[Array, ...]:
@@ -96,6 +96,11 @@ class Fitted(Factorization):
         at = self._answer(rank)[1]
         return _padded(self.method.chain(self.shape, at), self._fits[at].factors, self.method.chain(self.shape, rank))
 
+    def data_free(self, rank: Rank) -> tuple[Array, ...]:
+        """What the factors at `rank` were before the second moment was looked at."""
+        at = self._answer(rank)[1]
+        return _padded(self.method.chain(self.shape, at), self._start(at), self.method.chain(self.shape, rank))
+
     def _fits_below(self, rank: Rank) -> list[tuple[Rank, _Fit]]:
         """What was fitted at ranks of the same structure that do not exceed `rank` and are looked at, best first."""
         lower = self.lower(rank)
@@ -120,13 +125,17 @@ class Fitted(Factorization):
             self._told[rank] = max(best.error, *above, 0.0), at
         return self._told[rank]
 
-    def _made(self, rank: Rank) -> _Fit:
-        chain = self.method.chain(self.shape, rank)
+    def _start(self, rank: Rank) -> tuple[Array, ...]:
         if rank == self.method.exact_rank(self.shape):
-            return _Fit(self.exact(), 0.0)
+            return self.exact()
         if self._total <= 0:
-            return _Fit(tuple(np.zeros(stage.weight) for stage in chain.stages), 0.0)
-        factors = self.fit(rank)
+            return tuple(np.zeros(stage.weight) for stage in self.method.chain(self.shape, rank).stages)
+        return self.fit(rank)
+
+    def _made(self, rank: Rank) -> _Fit:
+        chain, factors = self.method.chain(self.shape, rank), self._start(rank)
+        if rank == self.method.exact_rank(self.shape) or self._total <= 0:
+            return _Fit(factors, 0.0)
         if self._gram is None:
             error = float(np.linalg.norm(self.weight - chain.dense(factors))) / math.sqrt(self._total)
         else:
