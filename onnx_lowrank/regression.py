@@ -69,7 +69,7 @@ class Chosen:
             gram: (groups, n, n).
         """
         if self.method is None:
-            return (self.factors(weight),) * 2
+            return self.factors(weight), self.factors(weight)
         canonical = weight.reshape(self.layer.shape.weight)
         known = self.known.get((self.layer.key, self.method.name)) if self.method.by_rank else None
         made = None if known is None else known.in_metric(gram, self.rank)

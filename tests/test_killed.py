@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,9 @@ from roads import network
 
 from onnx_lowrank.latency.table import CACHE_VARIABLE
 
+pytestmark = pytest.mark.slow
 OPTIONS = ("--threads", "1", "--keep-macs", "0.5", "--seed", "3", "--calibration", "calibration.npz")
+PATIENCE_S = 120
 
 
 def started(folder: Path, table: Path) -> subprocess.Popen[bytes]:
@@ -24,22 +29,48 @@ def started(folder: Path, table: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("share", [0.5, 0.75, 0.9])
-def test_killed_and_started_again(share: float, tmp_path: Path) -> None:
-    work = tmp_path / "work"
-    work.mkdir()
-    onnx.save(network(), work / "model.onnx")
+def made_in(folder: Path) -> Path:
+    """A folder with a model and samples."""
+    folder.mkdir()
+    onnx.save(network(), folder / "model.onnx")
     images = np.random.default_rng(0).standard_normal((48, 3, 16, 16)).astype(np.float32)
-    np.savez(work / "calibration.npz", image=images)
-    start = time.perf_counter()
-    assert started(work, tmp_path / "undisturbed").wait(120) == 0
-    seconds = time.perf_counter() - start
-    wanted = (work / "out.onnx").read_bytes()
-    (work / "out.onnx").unlink()
-    victim = started(work, tmp_path / "killed")
-    time.sleep(share * seconds)
+    np.savez(folder / "calibration.npz", image=images)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    work = made_in(tmp_path_factory.mktemp("undisturbed") / "work")
+    assert started(work, work.parent / "table").wait(PATIENCE_S) == 0
+    return (work / "out.onnx").read_bytes()
+
+
+def rows(table: Path, where: str) -> int:
+    """How many rows of the table there are, none where it does not exist yet."""
+    with contextlib.suppress(sqlite3.OperationalError):
+        connection = sqlite3.connect(f"file:{table / 'latency.sqlite'}?mode=ro", uri=True)
+        with contextlib.closing(connection):
+            return int(connection.execute(f"SELECT count(*) FROM {where}").fetchone()[0])
+    return 0
+
+
+MOMENTS: dict[str, Callable[[Path, Path], bool]] = {
+    "two losses are known": lambda _, table: rows(table, "fact WHERE key LIKE 'loss %'") >= 2,
+    "five chains are timed": lambda _, table: rows(table, "latency WHERE median_ms IS NOT NULL") >= 5,
+    "the refit has begun": lambda work, _: any(work.rglob("refit-*/original/*.npy")),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_and_started_again(moment: str, undisturbed: bytes, tmp_path: Path) -> None:
+    work, table = made_in(tmp_path / "work"), tmp_path / "table"
+    victim, deadline = started(work, table), time.monotonic() + PATIENCE_S
+    while not MOMENTS[moment](work, table):
+        assert victim.poll() is None, "over before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
     victim.kill()
-    victim.wait(120)
-    assert started(work, tmp_path / "killed").wait(120) == 0
-    assert (work / "out.onnx").read_bytes() == wanted
+    assert victim.wait(PATIENCE_S) != 0
+    assert not (work / "out.onnx").exists()
+    assert started(work, table).wait(PATIENCE_S) == 0
+    assert (work / "out.onnx").read_bytes() == undisturbed

@@ -23,7 +23,7 @@ from onnx_lowrank.data import Dataset, Part
 from onnx_lowrank.decomposition import Decomposition
 from onnx_lowrank.graph.layers import layers
 from onnx_lowrank.graph.model import Graph
-from onnx_lowrank.layer import Form, Layer, LayerShape
+from onnx_lowrank.layer import Array, Form, Layer, LayerShape
 from onnx_lowrank.refit import arrays, refit
 from onnx_lowrank.regression import Chosen, Refitted, fit_chain
 from onnx_lowrank.rewrite import Replacement, splice
@@ -171,7 +171,7 @@ def test_constant_inputs(value: float) -> None:
     assert found.error < 1e-6  # the bias alone gives it
 
 
-def few_images(rng: np.random.Generator, count: int, weight: NDArray[np.float64]) -> list[Block]:
+def few_images(rng: np.random.Generator, count: int, weight: Array) -> list[Block]:
     """Rows of `count` images, 40 each, that vary along six directions of their own."""
     scales = np.geomspace(1, 0.05, weight.shape[1])
     blocks: list[Block] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -73,7 +73,7 @@ def studied(
 
 
 @contextlib.contextmanager
-def _quiet(log: logging.Logger) -> Iterator[None]:
+def _quiet(log: logging.Logger) -> Generator[None]:
     """Without news of a study that nobody asked for by name; the caller's level is given back."""
     level = log.level
     log.setLevel(logging.WARNING)
