@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 from builders import model, run_model, value, worst_error
+from rich.console import Console
 from roads import Ride, low_rank, network, node, on_one_thread, ride, save
 from walks import embedding, sequences
 
@@ -17,9 +20,14 @@ from onnx_lowrank.errors import InputError
 from onnx_lowrank.goals import KeepMacs, MaxDrop, MaxError
 from onnx_lowrank.pipeline import apply, optimize
 from onnx_lowrank.plan import CALIBRATED, DATA_FREE, REFIT
+from onnx_lowrank.report.terminal import show
 from onnx_lowrank.search import calibrated
+from onnx_lowrank.search.source import read_source
+from onnx_lowrank.target import Target
+from onnx_lowrank.validation import compare
 
 pytestmark = pytest.mark.usefixtures("quick")
+ONE = Target(threads=1)
 
 
 narrow = partial(network, 32)  # fitting takes the fourth power of the channels
@@ -64,7 +72,6 @@ def test_samples_make_the_result_nearer(trip: Ride, tmp_path: Path) -> None:
 def test_the_report_tells_samples_errors_and_losses(trip: Ride) -> None:
     report = trip.report
     assert report.calibration == "calibrated on 84 samples, reported on 12 others"
-    assert report.loss is not None
     assert {"moments", "sensitivity", "refit"} <= report.timings.keys()
     rewritten = [row for row in report.layers if row.decision == "factorized"]
     assert rewritten
@@ -72,6 +79,31 @@ def test_the_report_tells_samples_errors_and_losses(trip: Ride) -> None:
         assert row.error_refit is not None
         assert row.error_refit <= row.error
         assert "refitted: output error" in row.reason
+
+
+def test_the_report_tells_how_well_predicted_and_measured_losses_agree(trip: Ride, data: Path, tmp_path: Path) -> None:
+    """Compared are losses without refit, on the samples they were predicted from; `apply` writes such a model."""
+    loss = trip.report.loss
+    assert loss is not None
+    assert loss.without_refit is not None
+    assert loss.agreement == pytest.approx(loss.without_refit / loss.predicted)
+    assert loss.predicted == pytest.approx(sum(row.predicted_loss or 0.0 for row in trip.report.layers))
+    source = read_source(trip.source, data / "calibration.npz")
+    assert source.samples is not None
+    assert loss.judged_on == len(source.samples.judge)
+    calibrated_only = replace(trip.plan, fit=CALIBRATED)
+    apply(trip.source, calibrated_only, tmp_path / "plain.onnx", calibration=data / "calibration.npz")
+    found = compare(trip.source, tmp_path / "plain.onnx", ONE, source.samples.judge)
+    assert loss.without_refit == pytest.approx(found.loss, rel=0.05)
+    assert loss.measured == pytest.approx(compare(trip.source, trip.out, ONE, source.held_out).loss, rel=1e-3)
+    text = io.StringIO()
+    show(trip.report, Console(file=text, width=1000, color_system=None))
+    line = (
+        f"loss of the outputs {loss.predicted:.3g} predicted and {loss.without_refit:.3g} measured on the same "
+        f"{loss.judged_on} samples, both without refit, {loss.agreement:.2g} times what was predicted; "
+        f"{loss.measured:.3g} of the written model on {loss.samples} held-out samples"
+    )
+    assert line in text.getvalue()
 
 
 def test_probed_losses_are_read_from_the_table_and_the_model_is_the_same(

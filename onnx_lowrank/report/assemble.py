@@ -15,8 +15,9 @@ from onnx_lowrank.graph.size import file_bytes, parameters
 from onnx_lowrank.latency.environment import environment
 from onnx_lowrank.metrics import Scores, estimate, paired_difference
 from onnx_lowrank.progress import Phases
+from onnx_lowrank.report.basis import loss_of
 from onnx_lowrank.report.build import layer_rows
-from onnx_lowrank.report.model import Accuracy, Dropped, GoalRow, Latency, Loss, Report, Size
+from onnx_lowrank.report.model import Accuracy, Dropped, GoalRow, Latency, Report, Size
 from onnx_lowrank.search.analysis import REPORT_SEED, Analysis
 from onnx_lowrank.search.bisection import first_difference
 from onnx_lowrank.search.loop import GOAL_SHARE
@@ -58,6 +59,7 @@ def assemble(
         found = compare(source.path, path, settings.target, source.held_out, limit, seed=seed, error_metric=metric)
         bisected = first_difference(analysis, settings) if settings.bisect else None
         found.require_valid()
+        loss = loss_of(analysis, found)
     with phases.phase("profile"):
         latency = _latency(analysis, path)
     with phases.phase("evaluate"):
@@ -105,7 +107,7 @@ def assemble(
         ),
         notes=tuple(dict.fromkeys((*analysis.ready.notes, *_padding(analysis), *found.notes, *remarks))),
         bisect=bisected,
-        loss=Loss(best.loss, found.loss, found.samples) if analysis.bench.table is not None else None,
+        loss=loss,
         calibration=_calibration(analysis, found),
         chains_timed=analysis.timer.timed,
     )

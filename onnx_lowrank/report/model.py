@@ -144,14 +144,26 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Loss:
-    """Damage to the outputs: the sum of probed losses the search went by, and what the finished model shows.
+    """Damage to the outputs: predicted, measured likewise, and what the finished model shows.
 
-    The prediction knows nothing of the refit, which repairs part of the damage.
+    The prediction knows nothing of the refit, which repairs part of the damage, so it is compared with what the same
+    choice loses without refit, on the samples it was predicted from.
+
+    Args:
+        predicted: Sum of the losses of the chosen chains, each probed alone; the search went by it.
+        measured: Of the written model, on the samples held out.
+        samples: How many those are.
+        without_refit: Of all chosen chains together, without refit; None where nothing was rewritten.
+        judged_on: On how many samples; the prediction is from the same ones.
+        agreement: `without_refit` / `predicted`: 1 where losses of layers add up; None where nothing is predicted.
     """
 
     predicted: float
     measured: float
     samples: int
+    without_refit: float | None = None
+    judged_on: int | None = None
+    agreement: float | None = None
 
 
 @dataclass(frozen=True)

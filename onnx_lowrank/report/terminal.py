@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from onnx_lowrank.report.latency_columns import LatencyColumns
-from onnx_lowrank.report.model import LayerRow, Report
+from onnx_lowrank.report.model import LayerRow, Loss, Report
 
 COLUMNS = ("layer", "op", "shape", "became", "rank", "error", "MACs")
 NUMERIC = {"error", "MACs"}
@@ -118,6 +118,8 @@ def _closing(report: Report) -> Group:
             f"{report.peak_rss_mib:.0f} MiB"
         ),
     ]
+    if report.loss is not None and report.loss.without_refit is not None:
+        lines.append(_losses(report.loss, report.loss.without_refit))
     if report.latency is not None and report.latency.disturbed:
         lines.append(Text("the machine was busy while timing: take the intervals seriously", style="yellow"))
     if report.bisect is not None:
@@ -131,6 +133,16 @@ def _closing(report: Report) -> Group:
         )
     lines.extend(Text(f"note: {note}", style="yellow") for note in report.notes)
     return Group(*lines)
+
+
+def _losses(loss: Loss, without_refit: float) -> Text:
+    """How well predicted and measured losses agree."""
+    times = "" if loss.agreement is None else f", {loss.agreement:.2g} times what was predicted"
+    return Text(
+        f"loss of the outputs {loss.predicted:.3g} predicted and {without_refit:.3g} measured on the same "
+        f"{loss.judged_on} samples, both without refit{times}; "
+        f"{loss.measured:.3g} of the written model on {loss.samples} held-out samples"
+    )
 
 
 def _before_after(before: float | None, after: float | None) -> str:

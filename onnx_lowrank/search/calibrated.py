@@ -123,12 +123,21 @@ class CalibratedTable:
 
     def measure(self, chosen: Sequence[Candidate]) -> float:
         """Loss of the network's outputs under a whole choice, without refit, remembered or measured."""
+        changed = [candidate for candidate in chosen if candidate.chain is not None]
+        named = [(candidate.key, candidate.method, candidate.rank) for candidate in changed]
+        return self._remembered(self._from_inputs(), INPUTS, ["choice", named], changed)
+
+    @property
+    def probed_on(self) -> int:
+        """Samples that losses are measured on."""
+        return sum(self._from_inputs().probing.values())
+
+    def _from_inputs(self) -> Probes:
+        """Probes in front of the whole network, made once."""
         if self._whole is None:
             path = route(self.graph, {key: stop.operand for key, stop in self.stops.items()})
             self._whole = self._probes(path, Path(tempfile.mkdtemp(prefix="choices-", dir=self.calibration.folder)))
-        changed = [candidate for candidate in chosen if candidate.chain is not None]
-        named = [(candidate.key, candidate.method, candidate.rank) for candidate in changed]
-        return self._remembered(self._whole, INPUTS, ["choice", named], changed)
+        return self._whole
 
     def _row(self, layer: Layer, gram: Array | None = None) -> Row:
         methods = tuple(self.methods.values())

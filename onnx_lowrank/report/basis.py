@@ -1,0 +1,19 @@
+"""What the figures of a report rest on: the samples, and how well the losses predicted from them were met."""
+
+from __future__ import annotations
+
+from onnx_lowrank.report.model import Loss
+from onnx_lowrank.search.analysis import Analysis
+from onnx_lowrank.validation import Validation
+
+
+def loss_of(analysis: Analysis, found: Validation) -> Loss | None:
+    """Predicted and measured damage to the outputs; None without samples."""
+    table, best = analysis.bench.table, analysis.outcome.best
+    if table is None:
+        return None
+    if all(candidate.chain is None for candidate in best.chosen):
+        return Loss(best.loss, found.loss, found.samples)
+    without_refit = table.measure(best.chosen)
+    agreement = without_refit / best.loss if best.loss > 0 else None
+    return Loss(best.loss, found.loss, found.samples, without_refit, table.probed_on, agreement)
