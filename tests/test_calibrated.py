@@ -19,7 +19,7 @@ from walks import embedding, sequences
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.goals import KeepMacs, MaxDrop, MaxError
 from onnx_lowrank.pipeline import apply, optimize
-from onnx_lowrank.plan import CALIBRATED, DATA_FREE, REFIT
+from onnx_lowrank.plan import CALIBRATED, DATA_FREE, REFIT, PassSpec
 from onnx_lowrank.report.terminal import show
 from onnx_lowrank.search import calibrated
 from onnx_lowrank.search.source import read_source
@@ -194,6 +194,30 @@ def test_losses_are_probed_where_every_layer_is_shared(tmp_path: Path) -> None:
     assert loss is not None
     assert loss > 1e-3
     assert made.plan.layers[0].rank > (4,)
+    for row in made.report.layers:
+        assert f", weight error {row.error:.3g}; not calibrated: its weight is used by 2 nodes" in row.reason
+
+
+def test_errors_of_calibrated_layers_are_called_those_of_outputs(tmp_path: Path) -> None:
+    """Beside them one whose input is the same for all samples: its error is the weight's."""
+    nodes = [
+        node("MatMul", "x w", "a", "first"),
+        node("MatMul", "places v", "b", "constant"),
+        node("Add", "a b", "y"),
+    ]
+    weights = {name: low_rank((96, 96), 4, seed, noise=0.3) for seed, name in enumerate(("w", "v"))}
+    steps = node("Sin", "steps", "places")
+    weights["steps"] = np.linspace(0, 1, 96, dtype=np.float32)[None]
+    proto = model([steps, *nodes], [value("x", ["rows", 96])], [value("y", ["rows", 96])], weights)
+    np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).standard_normal((64, 96)).astype(np.float32))
+    options = {"calibration": tmp_path / "x.npz", "passes": (PassSpec("remove_identity"), PassSpec("svd"))}
+    made = ride(proto, tmp_path, on_one_thread(KeepMacs(0.5), **options))
+    first, constant = (row for row in made.report.layers if row.name in {"first", "constant"})
+    assert ", output error " in first.reason
+    assert "not calibrated" not in first.reason
+    assert (
+        f", weight error {constant.error:.3g}; not calibrated: its input is the same for all samples" in constant.reason
+    )
 
 
 def test_whole_numbers_fed_and_an_input_that_never_changes(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from onnx_lowrank.graph.size import file_bytes, parameters
 from onnx_lowrank.latency.environment import environment
 from onnx_lowrank.metrics import Scores, estimate, paired_difference
 from onnx_lowrank.progress import Phases
-from onnx_lowrank.report.basis import loss_of
+from onnx_lowrank.report.basis import data_free_layers, loss_of
 from onnx_lowrank.report.build import layer_rows
 from onnx_lowrank.report.model import Accuracy, Dropped, GoalRow, Latency, Report, Size
 from onnx_lowrank.search.analysis import REPORT_SEED, Analysis
@@ -81,6 +81,7 @@ def assemble(
             source=analysis.timer.source,
             refitted=refitted,
             put_back=analysis.outcome.put_back,
+            data_free=data_free_layers(analysis),
         ),
         latency=latency,
         fidelity=_fidelity(found),

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from onnx_lowrank.calibration.stops import obstacles
 from onnx_lowrank.report.model import Loss
 from onnx_lowrank.search.analysis import Analysis
 from onnx_lowrank.validation import Validation
+
+
+def data_free_layers(analysis: Analysis) -> dict[str, str] | None:
+    """Layer key -> why it was not calibrated, in words; None where no layer was."""
+    table = analysis.bench.table
+    if table is None:
+        return None
+    why = obstacles(analysis.bench.graph, table.layers)
+    left_out = (layer.key for layer in table.layers if layer.key not in table.means)
+    return {key: why.get(key, "its input is the same for all samples") for key in left_out}
 
 
 def loss_of(analysis: Analysis, found: Validation) -> Loss | None:
