@@ -210,8 +210,8 @@ def test_errors_of_calibrated_layers_are_called_those_of_outputs(tmp_path: Path)
     weights["steps"] = np.linspace(0, 1, 96, dtype=np.float32)[None]
     proto = model([steps, *nodes], [value("x", ["rows", 96])], [value("y", ["rows", 96])], weights)
     np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).standard_normal((64, 96)).astype(np.float32))
-    options = {"calibration": tmp_path / "x.npz", "passes": (PassSpec("remove_identity"), PassSpec("svd"))}
-    made = ride(proto, tmp_path, on_one_thread(KeepMacs(0.5), **options))
+    passes = (PassSpec("remove_identity"), PassSpec("svd"))  # nothing that folds constants
+    made = ride(proto, tmp_path, on_one_thread(KeepMacs(0.5), calibration=tmp_path / "x.npz", passes=passes))
     first, constant = (row for row in made.report.layers if row.name in {"first", "constant"})
     assert ", output error " in first.reason
     assert "not calibrated" not in first.reason
