@@ -22,7 +22,7 @@ from onnx_lowrank.pipeline import apply, optimize
 from onnx_lowrank.plan import CALIBRATED, DATA_FREE, REFIT, PassSpec
 from onnx_lowrank.report.terminal import show
 from onnx_lowrank.search import calibrated
-from onnx_lowrank.search.source import read_source
+from onnx_lowrank.search.source import SPLIT_SEED, read_source
 from onnx_lowrank.target import Target
 from onnx_lowrank.validation import compare
 
@@ -56,6 +56,13 @@ def trip(data: Path, tmp_path_factory: pytest.TempPathFactory, quick: None) -> R
     return ride(narrow(), tmp_path_factory.mktemp("trip"), settings)
 
 
+def shown(made: Ride) -> str:
+    """The report as a wide terminal shows it."""
+    text = io.StringIO()
+    show(made.report, Console(file=text, width=1000, color_system=None))
+    return text.getvalue()
+
+
 def error_of(made: Ride) -> float:
     feeds = {"image": smooth(64, 99)}
     return worst_error(run_model(narrow(), feeds), run_model(made.result, feeds))
@@ -81,6 +88,39 @@ def test_the_report_tells_samples_errors_and_losses(trip: Ride) -> None:
         assert "refitted: output error" in row.reason
 
 
+def test_the_report_tells_where_samples_came_from_and_what_for(trip: Ride, data: Path) -> None:
+    told = trip.report.samples
+    assert told is not None
+    assert told.origin == str(data / "calibration.npz")
+    assert (told.fitted, told.judged, told.held_out) == (72, 12, 12)
+    assert (told.sources, told.seed) == (None, SPLIT_SEED)
+    # The strided convolution has 64 positions a sample, the others 256; of the stem, the narrowest, all are taken.
+    assert told.positions["body/1"] == told.positions["body/2"] == 72 * 64
+    assert told.positions["stem"] == 72 * 256
+    assert set(told.positions) == {"stem", "body/1", "body/2", "head"}
+    assert (
+        f"samples from {data / 'calibration.npz'}: 72 fitted on, 12 judging, 12 held out; "
+        "at most 18,432 positions a layer, drawn by a fixed seed"
+    ) in shown(trip)
+
+
+def test_sources_and_notes_of_labelled_samples_are_told(tmp_path: Path) -> None:
+    proto = narrow()
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 4
+    for output, size in zip(proto.graph.output, (4, 4), strict=True):
+        output.type.tensor_type.shape.dim[0].dim_value = size
+    proto.graph.output[1].type.tensor_type.shape.dim[1].dim_value = 4
+    images = smooth(48, 0)
+    np.savez(tmp_path / "c.npz", image=images, source=np.repeat(np.arange(12), 4))
+    np.savez(tmp_path / "e.npz", image=images[:11], label=np.zeros(11, np.int64))
+    settings = on_one_thread(KeepMacs(0.5), calibration=tmp_path / "c.npz", eval=tmp_path / "e.npz", refit=False)
+    made = ride(proto, tmp_path, settings)
+    assert made.report.samples is not None
+    assert made.report.samples.sources == 12
+    assert f"samples of 12 sources from {tmp_path / 'c.npz'}: " in shown(made)
+    assert "--eval: the last 3 of 11 samples are not used: the model takes 4 at a time" in made.report.notes
+
+
 def test_the_report_tells_how_well_predicted_and_measured_losses_agree(trip: Ride, data: Path, tmp_path: Path) -> None:
     """Compared are losses without refit, on the samples they were predicted from; `apply` writes such a model."""
     loss = trip.report.loss
@@ -96,14 +136,12 @@ def test_the_report_tells_how_well_predicted_and_measured_losses_agree(trip: Rid
     found = compare(trip.source, tmp_path / "plain.onnx", ONE, source.samples.judge)
     assert loss.without_refit == pytest.approx(found.loss, rel=0.05)
     assert loss.measured == pytest.approx(compare(trip.source, trip.out, ONE, source.held_out).loss, rel=1e-3)
-    text = io.StringIO()
-    show(trip.report, Console(file=text, width=1000, color_system=None))
     line = (
         f"loss of the outputs {loss.predicted:.3g} predicted and {loss.without_refit:.3g} measured on the same "
         f"{loss.judged_on} samples, both without refit, {loss.agreement:.2g} times what was predicted; "
         f"{loss.measured:.3g} of the written model on {loss.samples} held-out samples"
     )
-    assert line in text.getvalue()
+    assert line in shown(trip)
 
 
 def test_probed_losses_are_read_from_the_table_and_the_model_is_the_same(

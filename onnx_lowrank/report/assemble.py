@@ -15,7 +15,7 @@ from onnx_lowrank.graph.size import file_bytes, parameters
 from onnx_lowrank.latency.environment import environment
 from onnx_lowrank.metrics import Scores, estimate, paired_difference
 from onnx_lowrank.progress import Phases
-from onnx_lowrank.report.basis import data_free_layers, loss_of
+from onnx_lowrank.report.basis import data_free_layers, data_notes, loss_of, sampling
 from onnx_lowrank.report.build import layer_rows
 from onnx_lowrank.report.model import Accuracy, Dropped, GoalRow, Latency, Report, Size
 from onnx_lowrank.search.analysis import REPORT_SEED, Analysis
@@ -68,6 +68,7 @@ def assemble(
     with phases.phase("count"):
         size = _size(analysis, path)
         remarks = _remarks(analysis, path, found, latency)
+    names = _names(analysis)
     return Report(
         model={"path": str(source.path), "sha256": source.sha256, "opset": analysis.ready.survey.graph.opset},
         target=_target(settings),
@@ -76,7 +77,7 @@ def assemble(
             analysis.rows,
             analysis.ready.survey.kept,
             best.chosen,
-            _names(analysis),
+            names,
             by_time=not isinstance(settings.goal, KeepMacs | KeepParams),
             source=analysis.timer.source,
             refitted=refitted,
@@ -106,10 +107,11 @@ def assemble(
             }
             for record in (*(() if best.plan.changes_nothing else analysis.ready.records), best.record)
         ),
-        notes=tuple(dict.fromkeys((*analysis.ready.notes, *_padding(analysis), *found.notes, *remarks))),
+        notes=tuple(dict.fromkeys((*analysis.ready.notes, *data_notes(analysis), *found.notes, *remarks))),
         bisect=bisected,
         loss=loss,
         calibration=_calibration(analysis, found),
+        samples=sampling(analysis, names),
         chains_timed=analysis.timer.timed,
     )
 
@@ -262,12 +264,6 @@ def _calibration(analysis: Analysis, found: Validation) -> str:
         return f"data-free, reported on {found.samples} given samples"
     samples = table.calibration.samples
     return f"calibrated on {len(samples)} samples, reported on {found.samples} others"
-
-
-def _padding(analysis: Analysis) -> tuple[str, ...]:
-    table = analysis.bench.table
-    found = None if table is None else table.calibration.samples.padding
-    return () if found is None else (str(found),)
 
 
 def _peak_rss_mib() -> float:

@@ -2,10 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from onnx_lowrank.calibration.stops import obstacles
-from onnx_lowrank.report.model import Loss
+from onnx_lowrank.report.model import Loss, Sampling
 from onnx_lowrank.search.analysis import Analysis
+from onnx_lowrank.search.source import SPLIT_SEED
 from onnx_lowrank.validation import Validation
+
+
+def sampling(analysis: Analysis, names: Mapping[str, str]) -> Sampling | None:
+    """What the samples were used for; None without any.
+
+    Args:
+        analysis: What was found.
+        names: Node key -> the name the user knows.
+    """
+    source, table = analysis.source, analysis.bench.table
+    if source.data is None:
+        return None
+    samples = None if table is None else table.calibration.samples
+    held_out = source.data if source.held_out is None else source.held_out
+    of = source.data.sources
+    positions = {} if table is None else {names.get(key, key): count for key, count in table.positions.items()}
+    return Sampling(
+        origin=source.data.origin,
+        fitted=len(samples.fit) if samples else 0,
+        judged=len(samples.judge) if samples else 0,
+        held_out=len(held_out),
+        sources=None if of is None else len(set(of.tolist())),
+        positions=positions,
+        seed=SPLIT_SEED,
+    )
+
+
+def data_notes(analysis: Analysis) -> tuple[str, ...]:
+    """What is to be known about the samples beside what the comparison of outputs says of them."""
+    table, labelled = analysis.bench.table, analysis.source.labelled
+    padding = None if table is None else table.calibration.samples.padding
+    told = () if labelled is None else tuple(f"--eval: {note}" for note in labelled.notes)
+    return told if padding is None else (str(padding), *told)
 
 
 def data_free_layers(analysis: Analysis) -> dict[str, str] | None:

@@ -143,6 +143,30 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """Where the samples of --calibration came from, and what each of them was for.
+
+    Args:
+        origin: The file, folder or function, as the user named it.
+        fitted: Samples that layers were fitted on; 0 without calibration.
+        judged: Others, that fits were chosen by and losses probed on.
+        held_out: Others, that are only reported on.
+        sources: How many photographs, documents or speakers they are of; None where the samples do not say. None of
+            them is in two parts, unless there is only one.
+        positions: Node -> rows (output pixels, tokens) its moments were taken from, for every calibrated layer.
+        seed: What parts and positions are drawn with; the same in every run.
+    """
+
+    origin: str
+    fitted: int
+    judged: int
+    held_out: int
+    sources: int | None
+    positions: dict[str, int]
+    seed: int
+
+
+@dataclass(frozen=True)
 class Loss:
     """Damage to the outputs: predicted, measured likewise, and what the finished model shows.
 
@@ -196,6 +220,7 @@ class Report:
     bisect: Blame | None = None
     loss: Loss | None = None
     calibration: str = "data-free"
+    samples: Sampling | None = None
     training: str = "none"
     chains_timed: int = 0
     schema: int = field(default=1)

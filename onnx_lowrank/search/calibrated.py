@@ -72,6 +72,7 @@ class CalibratedTable:
 
     Attributes:
         means: Mean unfolded input of every layer that was calibrated, (groups, n), by layer key.
+        positions: How many rows (output pixels, tokens) the moments of each of them are from.
         energies: ||W||^2 in the metric of the candidates' errors, tr(M G M^T), of the same layers.
         stops: The same layers by node key.
     """
@@ -84,6 +85,7 @@ class CalibratedTable:
     calibration: Calibration
     phases: Phases
     means: dict[str, Array] = field(default_factory=dict[str, Array], init=False)
+    positions: dict[str, int] = field(default_factory=dict[str, int], init=False)
     energies: dict[str, float] = field(default_factory=dict[str, float], init=False)
     stops: dict[str, Stop] = field(default_factory=dict[str, Stop], init=False)
     _whole: Probes | None = field(default=None, init=False)
@@ -106,7 +108,7 @@ class CalibratedTable:
                     gram = moments.shrunk(centred=self.stops[cut.key].centred)
                     made[layer.key] = self._row(layer, gram)
                     self.energies[layer.key] = output_energy(layer.read(), gram)
-                self.means[layer.key] = moments.mean
+                self.means[layer.key], self.positions[layer.key] = moments.mean, moments.count
                 with self.phases.phase("sensitivity"):
                     made[layer.key] = self._probed(made[layer.key], probes, number)
             made.update(self._others(made, path, Path(room)))
