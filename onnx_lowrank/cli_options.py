@@ -51,7 +51,12 @@ SamplesOption = Annotated[
     int | None, typer.Option(help="Most samples of --calibration to use; 2048 by default.", rich_help_panel=DATA)
 ]
 NoRefitOption = Annotated[
-    bool, typer.Option("--no-refit", help="Use --calibration for the ranking only.", rich_help_panel=DATA)
+    bool,
+    typer.Option(
+        "--no-refit",
+        help="No fit to the original's outputs; weights are still approximated on the samples.",
+        rich_help_panel=DATA,
+    ),
 ]
 EvalOption = Annotated[
     str | None, typer.Option("--eval", help="Labelled samples, given like --calibration.", rich_help_panel=DATA)
@@ -119,7 +124,13 @@ OnlyOption = Annotated[
     list[str] | None, typer.Option(help="Pattern of layers that may be rewritten.", rich_help_panel=SEARCH)
 ]
 KeepOption = Annotated[list[str] | None, typer.Option(help="Pattern of layers that stay.", rich_help_panel=SEARCH)]
-SeedOption = Annotated[int | None, typer.Option(help="Seed of everything random.", rich_help_panel=SEARCH)]
+SeedOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Seed of drawn inputs, random searches and intervals; samples are always divided alike.",
+        rich_help_panel=SEARCH,
+    ),
+]
 TimeOption = Annotated[
     float | None, typer.Option(help="Seconds after which no further model is tried.", rich_help_panel=SEARCH)
 ]

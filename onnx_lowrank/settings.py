@@ -24,7 +24,8 @@ class Settings:
             input shapes, the inputs layers are fitted on, and the fidelity figures.
         preprocess: How images become arrays; None: as preprocess.txt in their folder says.
         samples: How many samples of `calibration` are used at most.
-        refit: Whether layers are fitted to `calibration`; without, it serves the ranking and the figures only.
+        refit: Whether layers are fitted to the original's outputs on `calibration`; without, chains still approximate
+            the weights in the metric of their inputs there, and biases take up the means that are lost.
         eval: Labelled samples for `metric`, from the same kinds of sources.
         metric: Task metric: top1, top5, mse, cosine or `module:function`.
         error_metric: What a max-error goal limits: relative, cosine, kl, top1 or worst.
@@ -33,7 +34,8 @@ class Settings:
         of: What keep-macs and keep-params are shares of: "all" or "factorable" layers.
         only: Patterns of layers that may be rewritten; empty means all.
         keep: Patterns of layers that stay.
-        seed: Of everything random.
+        seed: Of inputs drawn to fit the signature, of rules that search at random, and of intervals of the task
+            metric. Parts and positions of samples are drawn by a fixed seed.
         time_limit: Seconds after which the search ends with the best found; None for no limit.
         memory_limit: Bytes the search may hold in decomposed weights.
         bisect: Look for the first rewrite after which outputs differ by more than the goal's limit.

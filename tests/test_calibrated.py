@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from builders import model, run_model, value, worst_error
+from rich.console import Console
 from roads import Ride, low_rank, network, node, on_one_thread, ride, save
 from walks import embedding, sequences
 
@@ -19,10 +22,15 @@ from onnx_lowrank.goals import KeepMacs, MaxDrop, MaxError
 from onnx_lowrank.layer import Array
 from onnx_lowrank.passes.decompose.two_stage import TwoStage
 from onnx_lowrank.pipeline import apply, optimize
-from onnx_lowrank.plan import CALIBRATED, DATA_FREE, REFIT
+from onnx_lowrank.plan import CALIBRATED, DATA_FREE, REFIT, PassSpec
+from onnx_lowrank.report.terminal import show
 from onnx_lowrank.search import calibrated
+from onnx_lowrank.search.source import SPLIT_SEED, read_source
+from onnx_lowrank.target import Target
+from onnx_lowrank.validation import compare
 
 pytestmark = pytest.mark.usefixtures("quick")
+ONE = Target(threads=1)
 
 
 narrow = partial(network, 32)  # fitting takes the fourth power of the channels
@@ -51,6 +59,13 @@ def trip(data: Path, tmp_path_factory: pytest.TempPathFactory, quick: None) -> R
     return ride(narrow(), tmp_path_factory.mktemp("trip"), settings)
 
 
+def shown(made: Ride) -> str:
+    """The report as a wide terminal shows it."""
+    text = io.StringIO()
+    show(made.report, Console(file=text, width=1000, color_system=None))
+    return text.getvalue()
+
+
 def error_of(made: Ride) -> float:
     feeds = {"image": smooth(64, 99)}
     return worst_error(run_model(narrow(), feeds), run_model(made.result, feeds))
@@ -67,7 +82,6 @@ def test_samples_make_the_result_nearer(trip: Ride, tmp_path: Path) -> None:
 def test_the_report_tells_samples_errors_and_losses(trip: Ride) -> None:
     report = trip.report
     assert report.calibration == "calibrated on 84 samples, reported on 12 others"
-    assert report.loss is not None
     assert {"moments", "sensitivity", "refit"} <= report.timings.keys()
     rewritten = [row for row in report.layers if row.decision == "factorized"]
     assert rewritten
@@ -75,6 +89,62 @@ def test_the_report_tells_samples_errors_and_losses(trip: Ride) -> None:
         assert row.error_refit is not None
         assert row.error_refit <= row.error
         assert "refitted: output error" in row.reason
+
+
+def test_the_report_tells_where_samples_came_from_and_what_for(trip: Ride, data: Path) -> None:
+    told = trip.report.samples
+    assert told is not None
+    assert told.origin == str(data / "calibration.npz")
+    assert (told.fitted, told.judged, told.held_out) == (72, 12, 12)
+    assert (told.sources, told.seed) == (None, SPLIT_SEED)
+    # The strided convolution has 64 positions a sample, the others 256; of the stem, the narrowest, all are taken.
+    assert told.positions["body/1"] == told.positions["body/2"] == 72 * 64
+    assert told.positions["stem"] == 72 * 256
+    assert set(told.positions) == {"stem", "body/1", "body/2", "head"}
+    assert (
+        f"samples from {data / 'calibration.npz'}: 72 fitted on, 12 judging, 12 held out; "
+        "at most 18,432 positions a layer, drawn by a fixed seed"
+    ) in shown(trip)
+
+
+def test_sources_and_notes_of_labelled_samples_are_told(tmp_path: Path) -> None:
+    proto = narrow()
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 4
+    for output, size in zip(proto.graph.output, (4, 4), strict=True):
+        output.type.tensor_type.shape.dim[0].dim_value = size
+    proto.graph.output[1].type.tensor_type.shape.dim[1].dim_value = 4
+    images = smooth(48, 0)
+    np.savez(tmp_path / "c.npz", image=images, source=np.repeat(np.arange(12), 4))
+    np.savez(tmp_path / "e.npz", image=images[:11], label=np.zeros(11, np.int64))
+    settings = on_one_thread(KeepMacs(0.5), calibration=tmp_path / "c.npz", eval=tmp_path / "e.npz", refit=False)
+    made = ride(proto, tmp_path, settings)
+    assert made.report.samples is not None
+    assert made.report.samples.sources == 12
+    assert f"samples of 12 sources from {tmp_path / 'c.npz'}: " in shown(made)
+    assert "--eval: the last 3 of 11 samples are not used: the model takes 4 at a time" in made.report.notes
+
+
+def test_the_report_tells_how_well_predicted_and_measured_losses_agree(trip: Ride, data: Path, tmp_path: Path) -> None:
+    """Compared are losses without refit, on the samples they were predicted from; `apply` writes such a model."""
+    loss = trip.report.loss
+    assert loss is not None
+    assert loss.without_refit is not None
+    assert loss.agreement == pytest.approx(loss.without_refit / loss.predicted)
+    assert loss.predicted == pytest.approx(sum(row.predicted_loss or 0.0 for row in trip.report.layers))
+    source = read_source(trip.source, data / "calibration.npz")
+    assert source.samples is not None
+    assert loss.judged_on == len(source.samples.judge)
+    calibrated_only = replace(trip.plan, fit=CALIBRATED)
+    apply(trip.source, calibrated_only, tmp_path / "plain.onnx", calibration=data / "calibration.npz")
+    found = compare(trip.source, tmp_path / "plain.onnx", ONE, source.samples.judge)
+    assert loss.without_refit == pytest.approx(found.loss, rel=0.05)
+    assert loss.measured == pytest.approx(compare(trip.source, trip.out, ONE, source.held_out).loss, rel=1e-3)
+    line = (
+        f"loss of the outputs {loss.predicted:.3g} predicted and {loss.without_refit:.3g} measured on the same "
+        f"{loss.judged_on} samples, both without refit, {loss.agreement:.2g} times what was predicted; "
+        f"{loss.measured:.3g} of the written model on {loss.samples} held-out samples"
+    )
+    assert line in shown(trip)
 
 
 def test_probed_losses_are_read_from_the_table_and_the_model_is_the_same(
@@ -180,6 +250,30 @@ def test_losses_are_probed_where_every_layer_is_shared(tmp_path: Path) -> None:
     assert loss is not None
     assert loss > 1e-3
     assert made.plan.layers[0].rank > (4,)
+    for row in made.report.layers:
+        assert f", weight error {row.error:.3g}; not calibrated: its weight is used by 2 nodes" in row.reason
+
+
+def test_errors_of_calibrated_layers_are_called_those_of_outputs(tmp_path: Path) -> None:
+    """Beside them one whose input is the same for all samples: its error is the weight's."""
+    nodes = [
+        node("MatMul", "x w", "a", "first"),
+        node("MatMul", "places v", "b", "constant"),
+        node("Add", "a b", "y"),
+    ]
+    weights = {name: low_rank((96, 96), 4, seed, noise=0.3) for seed, name in enumerate(("w", "v"))}
+    steps = node("Sin", "steps", "places")
+    weights["steps"] = np.linspace(0, 1, 96, dtype=np.float32)[None]
+    proto = model([steps, *nodes], [value("x", ["rows", 96])], [value("y", ["rows", 96])], weights)
+    np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).standard_normal((64, 96)).astype(np.float32))
+    passes = (PassSpec("remove_identity"), PassSpec("svd"))  # nothing that folds constants
+    made = ride(proto, tmp_path, on_one_thread(KeepMacs(0.5), calibration=tmp_path / "x.npz", passes=passes))
+    first, constant = (row for row in made.report.layers if row.name in {"first", "constant"})
+    assert ", output error " in first.reason
+    assert "not calibrated" not in first.reason
+    assert (
+        f", weight error {constant.error:.3g}; not calibrated: its input is the same for all samples" in constant.reason
+    )
 
 
 def test_whole_numbers_fed_and_an_input_that_never_changes(tmp_path: Path) -> None:

@@ -285,6 +285,9 @@ def test_help(arguments: list[str], folder: Path, capsys: Captured) -> None:
     text = capsys.readouterr().out
     assert "Usage" in text
     if "optimize" in arguments:
+        flat = " ".join(text.replace("│", " ").split())
+        assert "No fit to the original's outputs; weights are still approximated on the samples." in flat
+        assert "Seed of drawn inputs, random searches and intervals; samples are always divided alike." in flat
         assert all(option in text for option in ("--max-drop", "--preprocess", "--no-refit", "--error-metric"))
         assert all(option in text for option in ("--speedup", "--keep-macs", "--recipe", "--plan-out", "--bisect"))
 

@@ -14,8 +14,11 @@ from onnx import ModelProto, TensorProto, ValueInfoProto
 from roads import bodies, node, shared
 from walks import branching, embedding, residual, sequences, stopping, weight
 
+from onnx_lowrank.calibration.stops import obstacles
 from onnx_lowrank.calibration.walk import CannotCutError, Front, Route, route
 from onnx_lowrank.errors import InputError
+from onnx_lowrank.graph.layers import layers
+from onnx_lowrank.graph.model import Graph
 from onnx_lowrank.target import Target
 
 RNG = np.random.default_rng(4)
@@ -137,6 +140,23 @@ def test_an_input_that_is_an_output_and_constants_that_are_outputs(tmp_path: Pat
 def test_layers_in_bodies_and_layers_of_several_nodes_are_no_stops() -> None:
     assert not stopping(bodies())[1]
     assert list(stopping(shared())[1]) == ["other"]
+
+
+def reasons(proto: ModelProto) -> dict[str, str]:
+    graph = Graph(proto)
+    return obstacles(graph, layers(graph)[0])
+
+
+def test_it_is_said_why_a_layer_is_no_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    body = "it is in the body of an If, Loop or Scan"
+    assert set(reasons(bodies()).values()) == {body}
+    assert list(reasons(shared()).values()) == ["its weight is used by 3 nodes"]
+    nodes = [node("MatMul", "x w", "b", "first"), node("Gemm", "x v b", "y", "second")]
+    computed = model(nodes, [value("x", [3, 6])], [value("y", [3, 6])], {"w": weight(6, 6), "v": weight(6, 6, seed=1)})
+    assert list(reasons(computed).values()) == ["its bias is not one constant value per output"]
+    assert reasons(embedding()) == {}
+    monkeypatch.setattr("onnx_lowrank.calibration.stops.MOST_BYTES", 8 * 30**2)
+    assert reasons(residual()) == dict.fromkeys(("one/a", "one/b", "two/a"), "108 inputs: moments would take 0.0 GB")
 
 
 def test_a_layer_with_an_input_that_never_changes_is_passed_by() -> None:

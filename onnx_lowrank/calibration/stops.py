@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from onnx import NodeProto
 
 from onnx_lowrank.chain import Chain, Fit
 from onnx_lowrank.graph.applied import applied
 from onnx_lowrank.graph.bias import BiasSlot, bias_slot
 from onnx_lowrank.graph.keys import keyed_nodes
 from onnx_lowrank.graph.model import Graph
+from onnx_lowrank.graph.scope import Scope
 from onnx_lowrank.layer import Array, Layer
 
 
@@ -54,22 +56,40 @@ MOST_BYTES = 1 << 30
 
 
 def stops(graph: Graph, layers: Iterable[Layer]) -> dict[str, Stop]:
-    """Node key -> stop, for every layer the walk can stop at.
+    """Node key -> stop, for every layer the walk can stop at; `obstacles` says why it cannot at the others."""
+    nodes = _in_main(graph)
+    found = {layer.nodes[0]: _stop(layer, nodes) for layer in layers}
+    return {key: stop for key, stop in found.items() if isinstance(stop, Stop)}
 
-    Left out are layers whose moments would not fit into memory, layers in bodies, layers of several nodes (their one
-    weight meets several inputs) and those with a bias that is computed (it would be fitted as if it came from the
-    input).
-    """
-    nodes = {key: (scope, node) for scope, node, key in keyed_nodes(graph) if scope is graph.main}
-    found: dict[str, Stop] = {}
-    for layer in layers:
-        key = layer.nodes[0]
-        if len(layer.nodes) > 1 or key not in nodes or 8 * layer.shape.groups * layer.shape.inputs**2 > MOST_BYTES:
-            continue
-        use = applied(*nodes[key])
-        if isinstance(use, str):
-            continue
-        slot = bias_slot(*nodes[key], use)
-        if slot is not None or not use.form.bias:
-            found[key] = Stop(layer, use.activation_operand, slot)
-    return found
+
+def obstacles(graph: Graph, layers: Iterable[Layer]) -> dict[str, str]:
+    """Layer key -> why the walk cannot stop at it, in words, for every layer it cannot stop at."""
+    nodes = _in_main(graph)
+    found = {layer.key: _stop(layer, nodes) for layer in layers}
+    return {key: why for key, why in found.items() if isinstance(why, str)}
+
+
+Place = tuple[Scope, NodeProto]
+
+
+def _in_main(graph: Graph) -> dict[str, Place]:
+    return {key: (scope, node) for scope, node, key in keyed_nodes(graph) if scope is graph.main}
+
+
+def _stop(layer: Layer, nodes: Mapping[str, Place]) -> Stop | str:
+    """The stop at a layer, or why there is none."""
+    key, shape = layer.nodes[0], layer.shape
+    if len(layer.nodes) > 1:  # one weight that meets several inputs
+        return f"its weight is used by {len(layer.nodes)} nodes"
+    if key not in nodes:
+        return "it is in the body of an If, Loop or Scan"
+    needed = 8 * shape.groups * shape.inputs**2
+    if needed > MOST_BYTES:
+        return f"{shape.inputs} inputs: moments would take {needed / 1e9:.1f} GB"
+    use = applied(*nodes[key])
+    if isinstance(use, str):
+        return use
+    slot = bias_slot(*nodes[key], use)
+    if slot is None and use.form.bias:  # it would be fitted as if it came from the input
+        return "its bias is not one constant value per output"
+    return Stop(layer, use.activation_operand, slot)

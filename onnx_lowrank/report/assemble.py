@@ -15,8 +15,9 @@ from onnx_lowrank.graph.size import file_bytes, parameters
 from onnx_lowrank.latency.environment import environment
 from onnx_lowrank.metrics import Scores, estimate, paired_difference
 from onnx_lowrank.progress import Phases
+from onnx_lowrank.report.basis import data_free_layers, data_notes, loss_of, sampling
 from onnx_lowrank.report.build import layer_rows
-from onnx_lowrank.report.model import Accuracy, Dropped, GoalRow, Latency, Loss, Report, Size
+from onnx_lowrank.report.model import Accuracy, Dropped, GoalRow, Latency, Report, Size
 from onnx_lowrank.search.analysis import REPORT_SEED, Analysis
 from onnx_lowrank.search.bisection import first_difference
 from onnx_lowrank.search.loop import GOAL_SHARE
@@ -58,6 +59,7 @@ def assemble(
         found = compare(source.path, path, settings.target, source.held_out, limit, seed=seed, error_metric=metric)
         bisected = first_difference(analysis, settings) if settings.bisect else None
         found.require_valid()
+        loss = loss_of(analysis, found)
     with phases.phase("profile"):
         latency = _latency(analysis, path)
     with phases.phase("evaluate"):
@@ -66,6 +68,7 @@ def assemble(
     with phases.phase("count"):
         size = _size(analysis, path)
         remarks = _remarks(analysis, path, found, latency)
+    names = _names(analysis)
     return Report(
         model={"path": str(source.path), "sha256": source.sha256, "opset": analysis.ready.survey.graph.opset},
         target=_target(settings),
@@ -74,11 +77,12 @@ def assemble(
             analysis.rows,
             analysis.ready.survey.kept,
             best.chosen,
-            _names(analysis),
+            names,
             by_time=not isinstance(settings.goal, KeepMacs | KeepParams),
             source=analysis.timer.source,
             refitted=refitted,
             put_back=analysis.outcome.put_back,
+            data_free=data_free_layers(analysis),
         ),
         latency=latency,
         fidelity=_fidelity(found),
@@ -103,10 +107,11 @@ def assemble(
             }
             for record in (*(() if best.plan.changes_nothing else analysis.ready.records), best.record)
         ),
-        notes=tuple(dict.fromkeys((*analysis.ready.notes, *_padding(analysis), *found.notes, *remarks))),
+        notes=tuple(dict.fromkeys((*analysis.ready.notes, *data_notes(analysis), *found.notes, *remarks))),
         bisect=bisected,
-        loss=Loss(best.loss, found.loss, found.samples) if analysis.bench.table is not None else None,
+        loss=loss,
         calibration=_calibration(analysis, found),
+        samples=sampling(analysis, names),
         chains_timed=analysis.timer.timed,
     )
 
@@ -259,12 +264,6 @@ def _calibration(analysis: Analysis, found: Validation) -> str:
         return f"data-free, reported on {found.samples} given samples"
     samples = table.calibration.samples
     return f"calibrated on {len(samples)} samples, reported on {found.samples} others"
-
-
-def _padding(analysis: Analysis) -> tuple[str, ...]:
-    table = analysis.bench.table
-    found = None if table is None else table.calibration.samples.padding
-    return () if found is None else (str(found),)
 
 
 def _peak_rss_mib() -> float:

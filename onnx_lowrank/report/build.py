@@ -23,6 +23,7 @@ def layer_rows(
     source: str,
     refitted: Mapping[str, Refitted] | None = None,
     put_back: Collection[str] = (),
+    data_free: Mapping[str, str] | None = None,
 ) -> tuple[LayerRow, ...]:
     """One row per weight-bearing node, in graph order.
 
@@ -33,15 +34,17 @@ def layer_rows(
         names: Node key -> the name the user knows, in graph order.
         by_time: Whether a chain had to be faster than its layer.
         source: Whether latencies were "measured" or "estimated".
-        put_back: Keys of layers whose chains were taken out of the finished model again.
         refitted: Errors with the inputs of the compressed network, by layer key.
+        put_back: Keys of layers whose chains were taken out of the finished model again.
+        data_free: Why layers were not calibrated, by layer key; None where none was.
     """
     choices = {candidate.key: candidate for candidate in chosen}
     found: dict[str, LayerRow] = {entry.key: _kept_row(entry) for entry in kept}
     for row in rows:
         choice = choices.get(row.layer.key, row.keep)
         for node in row.layer.nodes:
-            made = _layer_row(row, choice, names.get(node, node), by_time=by_time, source=source)
+            reason = _reason(row, choice, data_free, by_time=by_time)
+            made = _layer_row(row, choice, names.get(node, node), reason, source)
             if row.layer.key in put_back:
                 made = replace(made, reason="put back: the finished model is no slower without its chain")
             found[node] = _with_refit(made, (refitted or {}).get(row.layer.key))
@@ -68,7 +71,7 @@ def _kept_row(kept: Kept) -> LayerRow:
     )
 
 
-def _layer_row(row: Row, choice: Candidate, name: str, *, by_time: bool, source: str) -> LayerRow:
+def _layer_row(row: Row, choice: Candidate, name: str, reason: str, source: str) -> LayerRow:
     layer, share = row.layer, 1 / len(row.layer.nodes)
     before, after = row.keep.ms, choice.ms
     return LayerRow(
@@ -78,7 +81,7 @@ def _layer_row(row: Row, choice: Candidate, name: str, *, by_time: bool, source:
         decision="kept" if choice.chain is None else "factorized",
         method=choice.method,
         rank=choice.rank,
-        reason=_reason(row, choice, by_time=by_time),
+        reason=reason,
         error=choice.error,
         params_before=layer.shape.params,
         params_after=choice.params,
@@ -94,29 +97,36 @@ def _layer_row(row: Row, choice: Candidate, name: str, *, by_time: bool, source:
 def _with_refit(row: LayerRow, result: Refitted | None) -> LayerRow:
     if result is None or math.isnan(result.error):
         return row
-    if result.error == result.error_before and not result.regressed:
+    if result.fit is None or (result.error == result.error_before and not result.regressed):
         return replace(row, error=result.error)
     how = f"refitted: output error {result.error_before:.3g} -> {result.error:.3g}"
     return replace(row, error=result.error_before, error_refit=result.error, reason=f"{row.reason}; {how}")
 
 
-def _reason(row: Row, choice: Candidate, *, by_time: bool) -> str:
-    shared = f"; weight shared by {len(row.layer.nodes)} nodes" if len(row.layer.nodes) > 1 else ""
+def _reason(row: Row, choice: Candidate, data_free: Mapping[str, str] | None, *, by_time: bool) -> str:
+    remark = _remark(row, data_free or {})
     if choice.chain is not None:
-        kind = "weight" if choice.probed_loss is None else "output"
-        return f"{_times(choice, row.keep)}, {kind} error {choice.error:.3g}{shared}"
+        kind = "weight" if data_free is None or row.layer.key in data_free else "output"
+        return f"{_times(choice, row.keep)}, {kind} error {choice.error:.3g}{remark}"
     if not row.factorable:
         return row.refusals.get("svd") or next(iter(row.refusals.values()), "its own latency could not be measured")
     if not by_time:
-        return f"the goal is reached at less loss elsewhere{shared}"
+        return f"the goal is reached at less loss elsewhere{remark}"
     timed = [option for option in row.options[1:] if option.ms is not None]
     if not timed:
-        return f"none of its chains could be timed ({len(row.options) - 1} tried){shared}"
+        return f"none of its chains could be timed ({len(row.options) - 1} tried){remark}"
     best = min(timed, key=lambda option: option.ms or 0.0)
     if (best.ms or 0.0) >= (row.keep.ms or 0.0):
-        return f"no chain was measured faster (the best, {_named(best)}: {_times(best, row.keep)}){shared}"
+        return f"no chain was measured faster (the best, {_named(best)}: {_times(best, row.keep)}){remark}"
     fastest = f"its fastest chain, {_named(best)}: {_loss(best, row.keep)}"
-    return f"the goal is reached at less loss elsewhere ({fastest}){shared}"
+    return f"the goal is reached at less loss elsewhere ({fastest}){remark}"
+
+
+def _remark(row: Row, data_free: Mapping[str, str]) -> str:
+    """What is special about the layer, to be put behind the reason."""
+    if row.layer.key in data_free:
+        return f"; not calibrated: {data_free[row.layer.key]}"
+    return f"; weight shared by {len(row.layer.nodes)} nodes" if len(row.layer.nodes) > 1 else ""
 
 
 def _loss(option: Candidate, keep: Candidate) -> str:

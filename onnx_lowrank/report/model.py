@@ -143,15 +143,51 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
-class Loss:
-    """Damage to the outputs: the sum of probed losses the search went by, and what the finished model shows.
+class Sampling:
+    """Where the samples of --calibration came from, and what each of them was for.
 
-    The prediction knows nothing of the refit, which repairs part of the damage.
+    Args:
+        origin: The file, folder or function, as the user named it.
+        fitted: Samples that layers were fitted on; 0 without calibration.
+        judged: Others, that fits were chosen by and losses probed on.
+        held_out: Others, that are only reported on.
+        sources: How many photographs, documents or speakers they are of; None where the samples do not say. None of
+            them is in two parts, unless there is only one.
+        positions: Node -> rows (output pixels, tokens) its moments were taken from, for every calibrated layer.
+        seed: What parts and positions are drawn with; the same in every run.
+    """
+
+    origin: str
+    fitted: int
+    judged: int
+    held_out: int
+    sources: int | None
+    positions: dict[str, int]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Damage to the outputs: predicted, measured likewise, and what the finished model shows.
+
+    The prediction knows nothing of the refit, which repairs part of the damage, so it is compared with what the same
+    choice loses without refit, on the samples it was predicted from.
+
+    Args:
+        predicted: Sum of the losses of the chosen chains, each probed alone; the search went by it.
+        measured: Of the written model, on the samples held out.
+        samples: How many those are.
+        without_refit: Of all chosen chains together, without refit; None where nothing was rewritten.
+        judged_on: On how many samples; the prediction is from the same ones.
+        agreement: `without_refit` / `predicted`: 1 where losses of layers add up; None where nothing is predicted.
     """
 
     predicted: float
     measured: float
     samples: int
+    without_refit: float | None = None
+    judged_on: int | None = None
+    agreement: float | None = None
 
 
 @dataclass(frozen=True)
@@ -184,6 +220,7 @@ class Report:
     bisect: Blame | None = None
     loss: Loss | None = None
     calibration: str = "data-free"
+    samples: Sampling | None = None
     training: str = "none"
     chains_timed: int = 0
     schema: int = field(default=1)

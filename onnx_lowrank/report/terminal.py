@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from onnx_lowrank.report.latency_columns import LatencyColumns
-from onnx_lowrank.report.model import LayerRow, Report
+from onnx_lowrank.report.model import LayerRow, Loss, Report, Sampling
 
 COLUMNS = ("layer", "op", "shape", "became", "rank", "error", "MACs")
 NUMERIC = {"error", "MACs"}
@@ -48,17 +48,17 @@ def _factorized(report: Report) -> Table:
 
 def _kept(report: Report) -> list[Text]:
     """Kept nodes, those with the same reason on one line; figures of single nodes are in report.json."""
-    groups: dict[str, list[LayerRow]] = {}
+    groups: dict[tuple[str, str], list[LayerRow]] = {}
     for row in report.layers:
         if row.decision != "factorized":
-            groups.setdefault(row.reason.partition("; refitted")[0].partition(" (")[0], []).append(row)
+            lead = "kept " if row.error_refit is None else "kept, weights refitted "
+            reason = row.reason.partition("; refitted")[0].partition(" (")[0]
+            groups.setdefault((lead, reason), []).append(row)
     lines: list[Text] = []
-    for reason, rows in groups.items():
+    for (lead, reason), rows in groups.items():
         names = ", ".join(row.name for row in rows[:NAMES_SHOWN])
         more = f" and {len(rows) - NAMES_SHOWN} more" if len(rows) > NAMES_SHOWN else ""
-        lines.append(
-            Text("kept ", style="dim").append(names + more, style="default").append(f": {reason}", style="dim")
-        )
+        lines.append(Text(lead, style="dim").append(names + more, style="default").append(f": {reason}", style="dim"))
     return lines
 
 
@@ -118,6 +118,10 @@ def _closing(report: Report) -> Group:
             f"{report.peak_rss_mib:.0f} MiB"
         ),
     ]
+    if report.samples is not None:
+        lines.append(_samples(report.samples))
+    if report.loss is not None and report.loss.without_refit is not None:
+        lines.append(_losses(report.loss, report.loss.without_refit))
     if report.latency is not None and report.latency.disturbed:
         lines.append(Text("the machine was busy while timing: take the intervals seriously", style="yellow"))
     if report.bisect is not None:
@@ -131,6 +135,25 @@ def _closing(report: Report) -> Group:
         )
     lines.extend(Text(f"note: {note}", style="yellow") for note in report.notes)
     return Group(*lines)
+
+
+def _samples(samples: Sampling) -> Text:
+    """Where they came from and what they were for."""
+    of = "" if samples.sources is None else f" of {samples.sources} sources"
+    parts = f"{samples.fitted} fitted on, {samples.judged} judging, {samples.held_out} held out"
+    most = max(samples.positions.values(), default=0)
+    rows = f"; at most {most:,} positions a layer, drawn by a fixed seed" if most else ""
+    return Text(f"samples{of} from {samples.origin}: {parts}{rows}")
+
+
+def _losses(loss: Loss, without_refit: float) -> Text:
+    """How well predicted and measured losses agree."""
+    times = "" if loss.agreement is None else f", {loss.agreement:.2g} times what was predicted"
+    return Text(
+        f"loss of the outputs {loss.predicted:.3g} predicted and {without_refit:.3g} measured on the same "
+        f"{loss.judged_on} samples, both without refit{times}; "
+        f"{loss.measured:.3g} of the written model on {loss.samples} held-out samples"
+    )
 
 
 def _before_after(before: float | None, after: float | None) -> str:

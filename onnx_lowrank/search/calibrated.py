@@ -74,6 +74,7 @@ class CalibratedTable:
 
     Attributes:
         means: Mean unfolded input of every layer that was calibrated, (groups, n), by layer key.
+        positions: How many rows (output pixels, tokens) the moments of each of them are from.
         energies: ||W||^2 in the metric of the candidates' errors, tr(M G M^T), of the same layers.
         stops: The same layers by node key.
     """
@@ -86,6 +87,7 @@ class CalibratedTable:
     calibration: Calibration
     phases: Phases
     means: dict[str, Array] = field(default_factory=dict[str, Array], init=False)
+    positions: dict[str, int] = field(default_factory=dict[str, int], init=False)
     energies: dict[str, float] = field(default_factory=dict[str, float], init=False)
     stops: dict[str, Stop] = field(default_factory=dict[str, Stop], init=False)
     _whole: Probes | None = field(default=None, init=False)
@@ -108,7 +110,7 @@ class CalibratedTable:
                     gram = moments.shrunk(centred=self.stops[cut.key].centred)
                     made[layer.key] = self._row(layer, gram)
                     self.energies[layer.key] = output_energy(layer.read(), gram)
-                self.means[layer.key] = moments.mean
+                self.means[layer.key], self.positions[layer.key] = moments.mean, moments.count
                 with self.phases.phase("sensitivity"):
                     made[layer.key] = self._probed(made[layer.key], probes, number)
             made.update(self._others(made, path, Path(room)))
@@ -125,12 +127,21 @@ class CalibratedTable:
 
     def measure(self, chosen: Sequence[Candidate]) -> float:
         """Loss of the network's outputs under a whole choice, without refit, remembered or measured."""
+        changed = [candidate for candidate in chosen if candidate.chain is not None]
+        named = [(candidate.key, candidate.method, candidate.rank) for candidate in changed]
+        return self._remembered(self._from_inputs(), INPUTS, ["choice", named], changed)
+
+    @property
+    def probed_on(self) -> int:
+        """Samples that losses are measured on."""
+        return sum(self._from_inputs().probing.values())
+
+    def _from_inputs(self) -> Probes:
+        """Probes in front of the whole network, made once."""
         if self._whole is None:
             path = route(self.graph, {key: stop.operand for key, stop in self.stops.items()})
             self._whole = self._probes(path, Path(tempfile.mkdtemp(prefix="choices-", dir=self.calibration.folder)))
-        changed = [candidate for candidate in chosen if candidate.chain is not None]
-        named = [(candidate.key, candidate.method, candidate.rank) for candidate in changed]
-        return self._remembered(self._whole, INPUTS, ["choice", named], changed)
+        return self._whole
 
     def _row(self, layer: Layer, gram: Array | None = None) -> Row:
         methods = tuple(self.methods.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from onnx_lowrank.latency.measure import Paired
 from onnx_lowrank.plan import DATA_FREE, Plan
 from onnx_lowrank.search.attempt import Attempt, Outcome, loss_of, same, scaled_ms
 from onnx_lowrank.search.bench import Bench
+from onnx_lowrank.search.guard import doubtful, guarded
 from onnx_lowrank.search.prediction import NEIGHBOUR, Prediction, size_problem
 from onnx_lowrank.search.racer import Contestant
 from onnx_lowrank.search.trail import Trail
@@ -33,9 +34,7 @@ AIM = 1.02
 ERROR_AIM = 0.9
 # Faster than the goal by more than this is accuracy given away: try again with the corrected prediction.
 OVERSHOOT = 1.05
-# A chain that takes more than this share of its layer's time is tried without, and left out if the model is then at
-# least this fast in comparison.
-DOUBTFUL = 0.95
+# A doubtful chain is left out if the model without it is at least this fast in comparison (see `guard`).
 NO_SLOWER = 0.995
 
 
@@ -117,16 +116,26 @@ class Loop:
         reached = [attempt for attempt in attempts if _standing(goal, attempt)[0]]
         if reached:
             best = min(reached, key=lambda attempt: attempt.loss)
-            return self._guarded(best, lambda other: _standing(goal, other)[0], "measured")
+            best, back = self._guarded(best, lambda other: _standing(goal, other)[0])
+            return Outcome(best, reached=True, reason="measured", put_back=back)
         best = max(attempts, key=lambda attempt: _standing(goal, attempt)[1])
-        speed = best.race.ratio(0, 2) if best.race else None
         if best.race is not None and best.race.ratio(1, 2).value <= 1:
             reason = f"nothing was faster than keeping every layer (best found: {best.race.ratio(1, 2)})"
             return self._kept(reason, reached=False)
+        best, back = self._guarded(best, lambda _: True)
+        if _standing(goal, best)[0]:
+            return Outcome(best, reached=True, reason="measured", put_back=back)
+        speed = best.race.ratio(0, 2) if best.race else None
         limit = f"the fastest choice of all layers is predicted at {self.prediction.fastest_ms():.3g} ms"
-        return Outcome(best, reached=False, reason=f"best found: {speed} as fast as the original; {limit}")
+        return Outcome(
+            best, reached=False, reason=f"best found: {speed} as fast as the original; {limit}", put_back=back
+        )
 
     def _small_enough(self, goal: Goal, of_total: float, factorable: float) -> Outcome:
+        """The choice of least loss within a share of MACs or parameters.
+
+        No layer is put back afterwards, however slow its chain: it is there for its size, and the goal would be missed.
+        """
         problem = size_problem(self.prediction.rows, goal, of_total, factorable)
         chosen = self.allocator(problem)
         kept = (problem.total(chosen) + of_total - factorable) / of_total if of_total else 1.0
@@ -185,7 +194,8 @@ class Loop:
             return self._kept(reason, reached=True)
         if check:
             return Outcome(best, reached=True, reason=within)
-        return self._guarded(best, lambda other: (other.error or 0.0) <= limit, within)
+        best, back = self._guarded(best, lambda other: (other.error or 0.0) <= limit)
+        return Outcome(best, reached=True, reason=within, put_back=back)
 
     def _within(self, loss: float) -> tuple[Candidate, ...]:
         """The fastest choice whose predicted loss is at most `loss`: bisection on the latency allowed."""
@@ -203,21 +213,40 @@ class Loop:
                 fast = middle
         return best
 
-    def _guarded(self, best: Attempt, reaches: Callable[[Attempt], bool], reason: str) -> Outcome:
-        """The best attempt without the chains that save next to nothing by themselves, if it is no slower for it."""
-        dense = {row.layer.key: row.keep for row in self.prediction.rows}
-        doubtful = {c.key for c in best.chosen if c.chain and c.cost("ms") > DOUBTFUL * dense[c.key].cost("ms")}
-        if not doubtful or self.bench.late:
-            return Outcome(best, reached=True, reason=reason)
-        fewer = tuple(dense[c.key] if c.key in doubtful else c for c in best.chosen)
-        other = self.timed(self._attempt(fewer, self.prediction, finished=best.error is not None))
-        if best.error is not None:
-            other = replace(other, error=self.error_of(other.path))
-        race = self.bench.racer.race([Contestant(best.path, best.level), Contestant(other.path, other.level)])
-        logger.info("without %d doubtful chains: %s as fast", len(doubtful), race.ratio(0, 1))
-        if race.ratio(0, 1).value < NO_SLOWER or not reaches(other):
-            return Outcome(best, reached=True, reason=reason)
-        return Outcome(other, reached=True, reason=reason, put_back=tuple(sorted(doubtful)))
+    def _guarded(self, best: Attempt, allowed: Callable[[Attempt], bool]) -> tuple[Attempt, tuple[str, ...]]:
+        """The best attempt without the chains that gain nothing, and their layers' keys; see `guard`.
+
+        Args:
+            best: The attempt, timed.
+            allowed: Whether another one, no slower, may take its place.
+        """
+        prediction = self.prediction.learned(best.chosen, scaled_ms(best, self.prediction))
+
+        def without(keys: Collection[str]) -> Attempt | None:
+            if self.bench.late:
+                return None
+            try:
+                other = self._without(best, keys, prediction)
+            except MeasuringError as error:
+                logger.warning("chains stay that might be spared: %s", error.reason)
+                return None
+            return other if other is not None and allowed(other) else None
+
+        return guarded(best, doubtful(best.chosen, self.prediction.rows), without)
+
+    def _without(self, best: Attempt, keys: Collection[str], prediction: Prediction) -> Attempt | None:
+        """The attempt with these layers kept, timed, if the model is no slower for it."""
+        dense = {row.layer.key: row.keep for row in prediction.rows}
+        fewer = tuple(dense[c.key] if c.key in keys else c for c in best.chosen)
+        other = self._attempt(fewer, prediction)
+        race = self.bench.racer.race([Contestant(best.path, best.level), self.bench.racer.best_level(other.path)])
+        logger.info("without %d doubtful chains: %s as fast", len(keys), race.ratio(0, 1))
+        if race.ratio(0, 1).value < NO_SLOWER:
+            return None
+        if best.error is not None:  # what is limited is the error of the finished model
+            path, record = self.bench.finish(other.plan)
+            other = replace(other, path=path, record=record, error=self.error_of(path))
+        return self.timed(other)
 
     def _kept(self, reason: str, *, reached: bool) -> Outcome:
         """Every layer kept: the normalized model where it was measured faster than the original, else the original."""
