@@ -128,6 +128,7 @@ def apply(
     out: Path | str,
     *,
     calibration: Path | str | None = None,
+    labelled: Path | str | None = None,
     preprocess: str | None = None,
     samples: int = Settings.samples,
     force: bool = False,
@@ -139,6 +140,7 @@ def apply(
         a_plan: The plan.
         out: Receives the result.
         calibration: The samples the plan was made with, or None.
+        labelled: The labelled samples it was made with, where some of `calibration` are among them.
         preprocess: How images become arrays, as when the plan was made.
         samples: How many of the samples are used at most, as when the plan was made.
         force: Realise the plan although it was made for another model or other data.
@@ -149,8 +151,8 @@ def apply(
         InvalidResultError: if the result does not run where the original does, or gives NaN where it does not.
     """
     model, out = Path(model), Path(out)
-    check_paths(out, model, calibration)
-    source = read_source(model, calibration, preprocess=preprocess, limit=samples)
+    check_paths(out, model, calibration, labelled)
+    source = read_source(model, calibration, labelled, preprocess=preprocess, limit=samples)
     io.spare_sources(source.graph, out)
     _check_conditions(source, a_plan, force=force)
     passes, methods = split(a_plan.passes)

@@ -95,7 +95,8 @@ def compare(
             baseline = ready.racer.race([ready.original, ready.normalized])
         field = Field(source, ready, cache, rows, timer, table, scores, settings, folder, deadline, baseline)
         networks = compared_networks(field, goals, models, phases)
-    notes = (*ready.notes, *(() if table is None else _padding(table)))
+    told = () if source.held_out is None else source.held_out.notes
+    notes = (*ready.notes, *told, *(() if table is None else _padding(table)))
     return Comparison(
         model=str(model),
         target=asdict(settings.target),
