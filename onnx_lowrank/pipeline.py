@@ -27,7 +27,7 @@ from onnx_lowrank.plan import DATA_FREE, REFIT, Plan
 from onnx_lowrank.progress import Phases
 from onnx_lowrank.providers import require_provider
 from onnx_lowrank.refit import arrays, chosen_layers, refit
-from onnx_lowrank.report.assemble import assemble
+from onnx_lowrank.report.assemble import assemble, original_scores
 from onnx_lowrank.report.model import Report
 from onnx_lowrank.search.analysis import analyse
 from onnx_lowrank.search.attempt import Outcome
@@ -76,16 +76,18 @@ def optimize(
         for path in (out, *beside):
             io.spare_sources(source.graph, path)
     settings = tuned_for(source, settings, phases)
+    with phases.phase("evaluate"):
+        scores = original_scores(source, settings)
     with staging(out) as folder:
         analysis = analyse(source, settings, folder, phases)
         try:
-            report = assemble(analysis, settings, folder / out.name, phases)
+            report = assemble(analysis, settings, folder / out.name, phases, scores)
         except NonFiniteResultError as error:
             reached = isinstance(settings.goal, MaxError)
             analysis = analysis.keeping_all(
                 f"factorized, {error.got}: the original is written as it is", reached=reached
             )
-            report = assemble(analysis, settings, folder / out.name, phases)
+            report = assemble(analysis, settings, folder / out.name, phases, scores)
         publish(folder / out.name, out)
     return report, analysis.outcome.best.plan
 
@@ -197,7 +199,7 @@ def check_paths(out: Path, *inputs: Path | str | None) -> None:
     for read in (Path(path) for path in inputs if path is not None):
         if read.is_dir() and out.exists() and out.resolve().is_relative_to(read.resolve()):
             raise InputError(f"{out} to write to, one of the samples in {read}", "a new file", "choose another one")
-        if out.resolve() == read.resolve() or (out.exists() and _same(out, read)):
+        if out.resolve() == read.resolve() or (out.exists() and read.exists() and read.samefile(out)):
             raise InputError(f"{out} to write to, the same file as {read}", "a file of its own", "choose another one")
     if out.is_dir():
         raise InputError(f"the folder {out} as output", "a file name", f"write to {out / 'model.onnx'}")
@@ -211,10 +213,6 @@ def _read(model: Path, settings: Settings) -> Source:
     return read_source(
         model, settings.calibration, settings.eval, preprocess=settings.preprocess, limit=settings.samples
     )
-
-
-def _same(out: Path, read: Path) -> bool:
-    return read.exists() and read.samefile(out)
 
 
 @contextlib.contextmanager

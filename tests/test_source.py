@@ -9,9 +9,11 @@ import pytest
 from roads import network, on_one_thread, save
 
 from onnx_lowrank.data import Dataset
-from onnx_lowrank.errors import InputError
+from onnx_lowrank.errors import InputError, NonFiniteResultError
 from onnx_lowrank.goals import KeepMacs
-from onnx_lowrank.pipeline import apply, plan
+from onnx_lowrank.pipeline import apply, optimize, plan
+from onnx_lowrank.progress import Phases
+from onnx_lowrank.report import assemble
 from onnx_lowrank.search.source import read_source
 
 
@@ -73,3 +75,57 @@ def test_a_plan_is_applied_with_the_samples_that_were_left_for_it(tmp_path: Path
         np.savez(calibration, image=both[::turn])
         apply(model, made, tmp_path / name, calibration=calibration, labelled=labelled)
     assert (tmp_path / "one.onnx").read_bytes() == (tmp_path / "two.onnx").read_bytes()
+
+
+def test_an_original_that_cannot_be_scored_is_named_before_the_search(tmp_path: Path) -> None:
+    labelled = images(8)
+    labelled[3] = 3e38
+    model, _, path = written(tmp_path, images(1), labelled)
+    phases = Phases()
+    with pytest.raises(
+        InputError, match="got 1 of 8 samples with NaN or infinite mse, in outputs of model.onnx, the orig"
+    ):
+        optimize(model, tmp_path / "out.onnx", on_one_thread(KeepMacs(0.6), eval=scored(path, 8), metric="mse"), phases)
+    assert phases.seconds.keys() == {"read", "evaluate"}
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_result_that_cannot_be_scored_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, path = written(tmp_path, images(1), images(8))
+    real, asked = assemble.evaluate, list[Path]()
+
+    def evaluate(file: Path, *arguments: object) -> object:
+        asked.append(file)
+        if len(asked) == 1:
+            raise NonFiniteResultError("1 of 8 samples with NaN or infinite mse, in outputs of out.onnx", "", "")
+        return real(file, *arguments)  # pyright: ignore[reportArgumentType] - passed on as they are
+
+    monkeypatch.setattr(assemble, "evaluate", evaluate)
+    report, made = optimize(
+        model, tmp_path / "out.onnx", on_one_thread(KeepMacs(0.6), eval=scored(path, 8), metric="mse")
+    )
+    assert made.changes_nothing
+    assert not report.goal.reached
+    assert "samples with NaN or infinite mse, in outputs of out.onnx: the original is written" in report.goal.reason
+    assert report.accuracy is not None
+    assert report.accuracy.after == report.accuracy.before
+    report.to_json()
+
+
+@pytest.mark.usefixtures("quick")
+def test_intervals_of_the_metric_draw_the_sources_that_are_named(tmp_path: Path) -> None:
+    model, _, path = written(tmp_path, images(1), images(20))
+    given = dict(np.load(path))
+    bounds: list[float] = []
+    for sources in (np.arange(20), np.arange(20) // 5):
+        np.savez(path, **given, source=sources)
+        accuracy = optimize(model, tmp_path / "out.onnx", on_one_thread(KeepMacs(1.0), eval=path))[0].accuracy
+        assert accuracy is not None
+        bounds.append(accuracy.ci95[1])
+    assert bounds == pytest.approx([1 - 0.025 ** (1 / 20), 1 - 0.025 ** (1 / 4)])
+
+
+def scored(path: Path, count: int) -> Path:
+    """The labelled samples of `path` with values for mse instead of classes."""
+    np.savez(path, image=np.load(path)["image"], label=np.zeros((count, 10), np.float32))
+    return path
