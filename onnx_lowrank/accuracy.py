@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from onnx_lowrank.batching import safe_batch
 from onnx_lowrank.data import Dataset
-from onnx_lowrank.errors import InputError
+from onnx_lowrank.errors import InputError, NonFiniteResultError
 from onnx_lowrank.metrics import Scores, metric_named
 from onnx_lowrank.runtime import open_session
 from onnx_lowrank.target import Target
@@ -38,6 +38,7 @@ def evaluate(
 
     Raises:
         InputError: without labels, for an unknown metric or output, or if the labels do not fit it.
+        NonFiniteResultError: if a score is NaN or infinite, as the outputs are.
     """
     score = metric_named(metric, output)
     session = open_session(model, target, target.levels[0])
@@ -52,7 +53,27 @@ def evaluate(
         outputs = session.run(fed.feeds)
         by_sample = {name: _per_sample(array, len(fed.rows)) for name, array in outputs.items() if _is_array(array)}
         scores.append(score(by_sample, fed.labels))
-    return np.concatenate(scores)
+    found = np.concatenate(scores)
+    if broken := np.count_nonzero(~np.isfinite(found)):
+        raise NonFiniteResultError(
+            f"{broken} of {len(found)} samples with NaN or infinite {metric}, in outputs of {model.name}",
+            "outputs that can be scored",
+            "use a smaller goal",
+        )
+    return found
+
+
+def evaluate_original(model: Path, dataset: Dataset, metric: str, target: Target) -> Scores:
+    """`evaluate` for the model that others are measured by.
+
+    Raises:
+        InputError: likewise, and if a score is NaN or infinite.
+    """
+    try:
+        return evaluate(model, dataset, metric, target)
+    except NonFiniteResultError as error:
+        do = "leave those samples out, or choose another --metric"
+        raise InputError(f"{error.got}, the original", error.expected, do) from error
 
 
 def _is_array(output: object) -> bool:

@@ -44,5 +44,5 @@ def _first(many: object, count: int, one: object) -> bool:
         return False
     if one.dtype.kind != "f":
         return bool((many[:1] == one).all())
-    scale = float(np.abs(one).max(initial=0.0))
-    return bool(np.allclose(many[:1], one, rtol=0.0, atol=ROUNDING * scale))
+    scale = float(np.abs(one[np.isfinite(one)]).max(initial=0.0))
+    return bool(np.allclose(many[:1], one, rtol=0.0, atol=ROUNDING * scale, equal_nan=True))

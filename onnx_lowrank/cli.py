@@ -242,6 +242,7 @@ def apply(
     out: OutOption,
     *,
     calibration: CalibrationOption = None,
+    labelled: EvalOption = None,
     preprocess: PreprocessOption = None,
     samples: SamplesOption = None,
     force: Annotated[bool, typer.Option(help="Realise it although it was made for another model or data.")] = False,
@@ -251,7 +252,14 @@ def apply(
     settings = settings_of(given(locals(), None))
     pipeline.check_paths(out, plan_file)
     pipeline.apply(
-        model, made, out, calibration=calibration, preprocess=preprocess, samples=settings.samples, force=force
+        model,
+        made,
+        out,
+        calibration=calibration,
+        labelled=labelled,
+        preprocess=preprocess,
+        samples=settings.samples,
+        force=force,
     )
     count = sum(not choice.keeps for choice in made.layers)
     _out.print(f"{count} layers factorized; written to {out}", markup=False, highlight=False)

@@ -6,13 +6,17 @@ A metric of the user's own is a function `module:function`,
 
 of all outputs by name and the labels of some samples, leading axis samples, that returns (samples,) finite scores.
 
-Wilson's score interval (Wilson 1927) for shares, the percentile bootstrap (Efron 1979) for everything else.
+Wilson's score interval (Wilson 1927) for shares, the percentile bootstrap (Efron 1979) for everything else. Where
+samples are named after what they come from, whole sources are drawn (the cluster bootstrap; Davison and Hinkley 1997,
+section 3.8), as those of one source are alike.
+
+A sample whose output holds NaN has the score NaN, whatever the metric: nothing can be said of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +28,7 @@ Array = NDArray[np.generic]
 Scores = NDArray[np.float64]
 Outputs = Mapping[str, Array]
 Metric = Callable[[Outputs, Array], Scores]
+Sources = NDArray[np.str_]
 _Z95 = 1.959963984540054
 _RESAMPLES = 2000
 _BLOCK = 1_000_000  # values drawn at once, to bound memory
@@ -59,14 +64,16 @@ def top5(output: Array, labels: Array) -> Scores:
 def mse(output: Array, labels: Array) -> Scores:
     """Minus the mean squared difference of each sample, so that higher is better."""
     output, labels = _rows(output, labels)
-    return -np.mean((output - labels) ** 2, axis=1)
+    with np.errstate(invalid="ignore", over="ignore"):
+        return -np.mean((output - labels) ** 2, axis=1)
 
 
 def cosine(output: Array, labels: Array) -> Scores:
     """Cosine of the angle between each sample's output and its label."""
     output, labels = _rows(output, labels)
-    norms = np.linalg.norm(output, axis=1) * np.linalg.norm(labels, axis=1)
-    return np.sum(output * labels, axis=1) / np.maximum(norms, np.finfo(np.float64).tiny)
+    with np.errstate(invalid="ignore", over="ignore"):
+        norms = np.linalg.norm(output, axis=1) * np.linalg.norm(labels, axis=1)
+        return np.sum(output * labels, axis=1) / np.maximum(norms, np.finfo(np.float64).tiny)
 
 
 METRICS: dict[str, Callable[[Array, Array], Scores]] = {"top1": top1, "top5": top5, "mse": mse, "cosine": cosine}
@@ -123,11 +130,20 @@ class UserMetric:
         return scores.astype(np.float64)
 
 
-def estimate(scores: Scores, seed: int) -> Estimate:
-    """Mean of per-sample scores: Wilson's interval where all are 0 or 1, else the bootstrap's."""
-    if np.isin(scores, (0.0, 1.0)).all():
-        return wilson(int(scores.sum()), len(scores))
-    return bootstrap_mean(scores, seed)
+def estimate(scores: Scores, seed: int, sources: Sources | None = None) -> Estimate:
+    """Mean of per-sample scores: Wilson's interval where all are 0 or 1, else the bootstrap's.
+
+    Shares of samples of several sources are bootstrapped too, as Wilson's samples depend on nothing; where all scores
+    are alike, and a bootstrap would find no spread, each source counts as one sample of his.
+    """
+    if not _binary(scores):
+        return bootstrap_mean(scores, seed, sources)
+    units = _units(len(scores), sources)
+    if units == len(scores):
+        return wilson(int(scores.sum()), units)
+    if scores.min() == scores.max():
+        return replace(wilson(int(scores[0]) * units, units), samples=len(scores))
+    return bootstrap_mean(scores, seed, sources)
 
 
 def wilson(successes: int, samples: int) -> Estimate:
@@ -138,19 +154,53 @@ def wilson(successes: int, samples: int) -> Estimate:
     return Estimate(share, max(0.0, float(centre - half)), min(1.0, float(centre + half)), samples)
 
 
-def bootstrap_mean(values: Scores, seed: int) -> Estimate:
-    """A mean with its 95 % percentile bootstrap interval; the same seed gives the same interval."""
-    rng, count = np.random.default_rng(seed), len(values)
+def bootstrap_mean(values: Scores, seed: int, sources: Sources | None = None) -> Estimate:
+    """A mean with its 95 % percentile bootstrap interval; the same seed gives the same interval.
+
+    Args:
+        values: (samples,).
+        seed: Of the resampling.
+        sources: (samples,), what each comes from: whole sources are drawn. None, or one source: samples are.
+    """
+    sums, counts = _by_source(values, sources)
+    rng, count = np.random.default_rng(seed), len(sums)
     block = max(1, _BLOCK // count)
     sizes = (min(block, _RESAMPLES - done) for done in range(0, _RESAMPLES, block))
-    means = [values[rng.integers(count, size=(size, count))].mean(axis=1) for size in sizes]
+    draws = (rng.integers(count, size=(size, count)) for size in sizes)
+    means = [sums[draw].sum(axis=1) / counts[draw].sum(axis=1) for draw in draws]
     low, high = np.quantile(np.concatenate(means), (0.025, 0.975))
-    return Estimate(float(values.mean()), float(low), float(high), count)
+    return Estimate(float(values.mean()), float(low), float(high), len(values))
 
 
-def paired_difference(before: Scores, after: Scores, seed: int) -> Estimate:
-    """Mean of after - before over the same samples, resampled in pairs."""
-    return bootstrap_mean(after - before, seed)
+def paired_difference(before: Scores, after: Scores, seed: int, sources: Sources | None = None) -> Estimate:
+    """Mean of after - before over the same samples, resampled in pairs, by whole sources where these are named.
+
+    Where no score of 0 or 1 changed in n samples (sources), resampling would find no doubt. Then a share p of changes
+    each way that would still go unseen with a probability of 0.025 bounds it, (1 - p)^n = 0.025: the exact interval of
+    Clopper and Pearson 1934, and at 0.05 the rule of three (Hanley and Lippman-Hand 1983).
+    """
+    if _binary(before) and np.array_equal(before, after):
+        unseen = 1 - 0.025 ** (1 / _units(len(before), sources))
+        return Estimate(0.0, -unseen, unseen, len(before))
+    return bootstrap_mean(after - before, seed, sources)
+
+
+def _binary(scores: Scores) -> bool:
+    return bool(np.isin(scores, (0.0, 1.0)).all())
+
+
+def _units(samples: int, sources: Sources | None) -> int:
+    """How many things were drawn independently: sources, or samples where all or none come from one."""
+    count = 1 if sources is None else len(np.unique(sources))
+    return count if count > 1 else samples
+
+
+def _by_source(values: Scores, sources: Sources | None) -> tuple[Scores, Scores]:
+    """Sums and numbers of the values of each unit, see `_units`."""
+    if sources is None or _units(len(values), sources) == len(values):
+        return values, np.ones_like(values)
+    _, member = np.unique(sources, return_inverse=True)
+    return np.bincount(member, values).astype(np.float64), np.bincount(member).astype(np.float64)
 
 
 def _top(output: Array, labels: Array, k: int) -> Scores:
@@ -161,9 +211,10 @@ def _top(output: Array, labels: Array, k: int) -> Scores:
         found = f"labels from {labels.min()} to {labels.max()} for {output.shape[1]} classes"
         raise InputError(found, "class numbers counted from 0", "correct the labels")
     if k == 1:
-        return (np.argmax(output, axis=1) == labels).astype(np.float64)
-    best = np.argsort(output, axis=1, kind="stable")[:, ::-1][:, :k]
-    return (best == labels[:, None]).any(axis=1).astype(np.float64)
+        hits = np.argmax(output, axis=1) == labels
+    else:
+        hits = (np.argsort(output, axis=1, kind="stable")[:, ::-1][:, :k] == labels[:, None]).any(axis=1)
+    return np.where(np.isnan(output.astype(np.float64)).any(axis=1), np.nan, hits)
 
 
 def _rows(output: Array, labels: Array) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

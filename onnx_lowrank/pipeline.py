@@ -27,7 +27,7 @@ from onnx_lowrank.plan import DATA_FREE, REFIT, Plan
 from onnx_lowrank.progress import Phases
 from onnx_lowrank.providers import require_provider
 from onnx_lowrank.refit import arrays, chosen_layers, refit
-from onnx_lowrank.report.assemble import assemble
+from onnx_lowrank.report.assemble import assemble, original_scores
 from onnx_lowrank.report.model import Report
 from onnx_lowrank.search.analysis import analyse
 from onnx_lowrank.search.attempt import Outcome
@@ -76,16 +76,18 @@ def optimize(
         for path in (out, *beside):
             io.spare_sources(source.graph, path)
     settings = tuned_for(source, settings, phases)
+    with phases.phase("evaluate"):
+        scores = original_scores(source, settings)
     with staging(out) as folder:
         analysis = analyse(source, settings, folder, phases)
         try:
-            report = assemble(analysis, settings, folder / out.name, phases)
+            report = assemble(analysis, settings, folder / out.name, phases, scores)
         except NonFiniteResultError as error:
             reached = isinstance(settings.goal, MaxError)
             analysis = analysis.keeping_all(
                 f"factorized, {error.got}: the original is written as it is", reached=reached
             )
-            report = assemble(analysis, settings, folder / out.name, phases)
+            report = assemble(analysis, settings, folder / out.name, phases, scores)
         publish(folder / out.name, out)
     return report, analysis.outcome.best.plan
 
@@ -128,6 +130,7 @@ def apply(
     out: Path | str,
     *,
     calibration: Path | str | None = None,
+    labelled: Path | str | None = None,
     preprocess: str | None = None,
     samples: int = Settings.samples,
     force: bool = False,
@@ -139,6 +142,7 @@ def apply(
         a_plan: The plan.
         out: Receives the result.
         calibration: The samples the plan was made with, or None.
+        labelled: The labelled samples it was made with, where some of `calibration` are among them.
         preprocess: How images become arrays, as when the plan was made.
         samples: How many of the samples are used at most, as when the plan was made.
         force: Realise the plan although it was made for another model or other data.
@@ -149,8 +153,8 @@ def apply(
         InvalidResultError: if the result does not run where the original does, or gives NaN where it does not.
     """
     model, out = Path(model), Path(out)
-    check_paths(out, model, calibration)
-    source = read_source(model, calibration, preprocess=preprocess, limit=samples)
+    check_paths(out, model, calibration, labelled)
+    source = read_source(model, calibration, labelled, preprocess=preprocess, limit=samples)
     io.spare_sources(source.graph, out)
     _check_conditions(source, a_plan, force=force)
     passes, methods = split(a_plan.passes)
@@ -195,7 +199,7 @@ def check_paths(out: Path, *inputs: Path | str | None) -> None:
     for read in (Path(path) for path in inputs if path is not None):
         if read.is_dir() and out.exists() and out.resolve().is_relative_to(read.resolve()):
             raise InputError(f"{out} to write to, one of the samples in {read}", "a new file", "choose another one")
-        if out.resolve() == read.resolve() or (out.exists() and _same(out, read)):
+        if out.resolve() == read.resolve() or (out.exists() and read.exists() and read.samefile(out)):
             raise InputError(f"{out} to write to, the same file as {read}", "a file of its own", "choose another one")
     if out.is_dir():
         raise InputError(f"the folder {out} as output", "a file name", f"write to {out / 'model.onnx'}")
@@ -209,10 +213,6 @@ def _read(model: Path, settings: Settings) -> Source:
     return read_source(
         model, settings.calibration, settings.eval, preprocess=settings.preprocess, limit=settings.samples
     )
-
-
-def _same(out: Path, read: Path) -> bool:
-    return read.exists() and read.samefile(out)
 
 
 @contextlib.contextmanager

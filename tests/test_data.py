@@ -190,7 +190,7 @@ def test_a_fixed_batch_wins_and_the_tail_is_dropped_with_a_note(path: Path) -> N
     assert len(data) == 8
     assert data.labels is not None
     assert len(data.labels) == 8
-    assert data.notes == ("the last 2 of 10 samples are not used: the model takes 4 at a time",)
+    assert data.notes == ("2 of 10 samples are not used: the model takes 4 at a time",)
     assert [feed["x"].shape for feed in data.feeds(1, [0, 2, 4, 6, 7])] == [(4, 1)]
 
 

@@ -92,8 +92,10 @@ def test_samples_of_a_file_beyond_the_limit(tmp_path: Path) -> None:
     np.savez(tmp_path / "d.npz", x=np.arange(10, dtype=np.float32)[:, None], source=np.arange(10))
     spec = TensorSpec("x", TensorProto.FLOAT, ("N", 1))
     data = read_samples(tmp_path / "d.npz", [spec], limit=3)
-    assert [float(array.ravel()[0]) for array in fed(data)] == [0, 4, 9]
-    assert data.notes == ("3 of 10 samples are used, evenly spaced; --samples sets how many",)
+    assert data.notes == ("3 of 10 samples are used, drawn at random; --samples sets how many",)
+    np.savez(tmp_path / "e.npz", x=np.arange(10, dtype=np.float32)[::-1, None], source=np.arange(10)[::-1])
+    reversed_ = read_samples(tmp_path / "e.npz", [spec], limit=3)
+    assert sorted(float(a.item()) for a in fed(data)) == sorted(float(a.item()) for a in fed(reversed_))
     assert len(read_samples(tmp_path / "d.npz", [spec])) == 10
 
 

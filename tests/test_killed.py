@@ -20,7 +20,7 @@ from onnx_lowrank.latency.table import CACHE_VARIABLE
 
 pytestmark = pytest.mark.slow
 OPTIONS = ("--threads", "1", "--keep-macs", "0.5", "--seed", "3", "--calibration", "calibration.npz")
-PATIENCE_S = 120
+PATIENCE_S = 600
 
 
 def started(folder: Path, table: Path) -> subprocess.Popen[bytes]:

@@ -171,6 +171,60 @@ def test_pairing_narrows_the_interval_of_a_difference() -> None:
     assert found.high - found.low < 0.01
 
 
+@pytest.mark.parametrize("metric", [top1, top5, mse, cosine])
+def test_what_is_no_number_has_no_score(metric: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> None:
+    output = RNG.standard_normal((3, 6))
+    output[0] = np.nan
+    output[1, 2] = np.nan
+    labels = np.zeros(3, np.int64) if metric in {top1, top5} else RNG.standard_normal((3, 6))
+    assert np.isnan(metric(output, labels)).tolist() == [True, True, False]
+    masked = np.where(np.arange(6) > 3, -np.inf, RNG.standard_normal((3, 6)))
+    assert metric not in {top1, top5} or np.isfinite(metric(masked, labels)).all()
+
+
+def test_intervals_draw_whole_sources() -> None:
+    rng = np.random.default_rng(0)
+    widths: list[float] = []
+    hits = 0
+    for seed in range(40):
+        means = rng.standard_normal(30)
+        values, sources = (
+            np.repeat(means, 20) + 0.01 * rng.standard_normal(600),
+            np.repeat(np.arange(30).astype(str), 20),
+        )
+        found = bootstrap_mean(values, seed, sources)
+        hits += found.low <= 0 <= found.high
+        widths.append(found.high - found.low)
+        assert found.samples == 600
+    assert hits >= 33  # 95 % of 40 is 38; 33 has a probability below 0.02
+    assert np.mean(widths) == pytest.approx(2 * 1.96 / 30**0.5, rel=0.15)  # of 30 independent values, not of 600
+    assert bootstrap_mean(values, 0, np.full(600, "one")) == bootstrap_mean(values, 0)
+    assert bootstrap_mean(values, 0, np.arange(600).astype(str)) == bootstrap_mean(values, 0)
+
+
+def test_shares_of_sources() -> None:
+    sources = np.repeat(list("abcdefgh"), 25)
+    shares = np.repeat([1.0, 1, 1, 0, 1, 0, 1, 1], 25)
+    assert estimate(shares, 0, sources) == bootstrap_mean(shares, 0, sources)
+    assert estimate(shares, 0) == wilson(150, 200)
+    alike = estimate(np.ones(200), 0, sources)
+    assert (alike.low, alike.high, alike.samples) == (wilson(8, 8).low, 1.0, 200)
+
+
+def test_no_change_seen_is_no_proof_of_none() -> None:
+    scores = np.array([1.0] * 90 + [0.0] * 10)
+    found = paired_difference(scores, scores, 0)
+    bound = stats.binomtest(0, 100).proportion_ci(0.95, "exact").high
+    assert (found.value, found.low, found.high) == (0.0, pytest.approx(-bound), pytest.approx(bound))
+    by_source = paired_difference(scores, scores, 0, np.repeat(np.arange(10), 10).astype(str))
+    assert by_source.high == pytest.approx(stats.binomtest(0, 10).proportion_ci(0.95, "exact").high)
+    changed = scores.copy()
+    changed[0] = 0.0
+    assert paired_difference(scores, changed, 0).low < -0.01 < 0.0
+    graded = RNG.standard_normal(9)
+    assert paired_difference(graded, graded, 0).high == 0.0
+
+
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 10_000), st.integers(1, 9), st.integers(1, 5))
 def test_batches_do_not_change_the_distances(seed: int, samples: int, batch: int) -> None:

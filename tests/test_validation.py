@@ -13,9 +13,9 @@ from builders import model, value
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from rich.console import Console
 
-from onnx_lowrank.accuracy import evaluate
+from onnx_lowrank.accuracy import evaluate, evaluate_original
 from onnx_lowrank.data import read_npz, read_samples
-from onnx_lowrank.errors import InputError, InvalidResultError
+from onnx_lowrank.errors import InputError, InvalidResultError, NonFiniteResultError
 from onnx_lowrank.signature import signature_of
 from onnx_lowrank.target import InputShapes, Target
 from onnx_lowrank.validation import compare, render, validate
@@ -173,6 +173,20 @@ def test_accuracy_sample_by_sample(original: Path, tmp_path: Path) -> None:
     assert evaluate(original, data, "top1", TARGET, output="logits", batch=4).tolist() == [1.0] * 9
     wrong = save(tmp_path, "b.onnx", classifier(-WEIGHT))
     assert evaluate(wrong, data, "top1", TARGET).sum() == 0
+
+
+def test_outputs_that_cannot_be_scored(original: Path, tmp_path: Path) -> None:
+    data = read_npz(samples(tmp_path), signature_of(classifier()).inputs)
+    broken = save(tmp_path, "b.onnx", classifier(WEIGHT * np.float32(np.nan)))
+    text = "9 of 9 samples with NaN or infinite top1, in outputs of b.onnx"
+    with pytest.raises(NonFiniteResultError, match=f"^got {text}; expected outputs that can be scored; use a smaller"):
+        evaluate(broken, data, "top1", TARGET)
+    with pytest.raises(InputError) as caught:
+        evaluate_original(broken, data, "top1", TARGET)
+    assert str(caught.value) == (
+        f"got {text}, the original; expected outputs that can be scored; "
+        "leave those samples out, or choose another --metric"
+    )
 
 
 def lengths(folder: Path) -> tuple[Path, Path]:

@@ -51,13 +51,12 @@ class Samples:
 
 
 def divided(data: Dataset, seed: int) -> tuple[Samples, Dataset]:
-    """Samples for calibration, and those held out for the figures reported, by whole sources where these are named.
+    """Samples for calibration, and those held out for the figures reported; see `Dataset.divided`.
 
     Raises:
         InputError: if there are too few for three parts.
     """
-    rest, held_out = data.split(HELD_OUT, seed)
-    fit, judge = rest.split(JUDGE / (1 - HELD_OUT), seed + 1)
+    fit, judge, held_out = data.divided([JUDGE, HELD_OUT], seed)
     return Samples(fit, judge), held_out
 
 

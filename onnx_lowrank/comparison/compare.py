@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-from onnx_lowrank.accuracy import evaluate
+from onnx_lowrank.accuracy import evaluate_original
 from onnx_lowrank.calibration.walk import CannotCutError
 from onnx_lowrank.catalogue import all_decompositions, split
 from onnx_lowrank.comparison.layers import compared_layers
@@ -83,7 +83,7 @@ def compare(
         ready = prepare(source, settings, folder, phases)
         with phases.phase("evaluate"):
             labelled = None if ready.racer.as_float32 else source.labelled
-            scores = None if labelled is None else evaluate(model, labelled, settings.metric, settings.target)
+            scores = None if labelled is None else evaluate_original(model, labelled, settings.metric, settings.target)
         cache = FactorizationCache(settings.memory_limit, folder)
         source, ready, rows, table = _table(source, ready, settings, goals, cache, phases, memory)
         timer = ChainTimer(settings.target, memory, ready.normalized.level)
@@ -95,7 +95,8 @@ def compare(
             baseline = ready.racer.race([ready.original, ready.normalized])
         field = Field(source, ready, cache, rows, timer, table, scores, settings, folder, deadline, baseline)
         networks = compared_networks(field, goals, models, phases)
-    notes = (*ready.notes, *(() if table is None else _padding(table)))
+    told = () if source.held_out is None else source.held_out.notes
+    notes = (*ready.notes, *told, *(() if table is None else _padding(table)))
     return Comparison(
         model=str(model),
         target=asdict(settings.target),

@@ -10,7 +10,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_lowrank.data.splitting import held_out
+from onnx_lowrank.data.content import content, fingerprints
+from onnx_lowrank.data.splitting import divided
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.signature import Feeds
 
@@ -126,36 +127,60 @@ class Dataset:
         )
         return replace(self, parts=tuple(part.take(rows) for part, rows in chosen if len(rows)))
 
+    @cached_property
+    def fingerprints(self) -> NDArray[np.str_]:
+        """(samples,), a hash of what each feeds to the model."""
+        return np.concatenate([fingerprints(part.arrays) for part in self.parts])
+
+    def by_content(self, indices: Indices = slice(None)) -> Dataset:
+        """The chosen samples by shape, then by fingerprint: an order that no file has a say in."""
+        order = np.arange(len(self))[indices]
+        chosen = self.take(order[np.argsort(self.fingerprints[order], kind="stable")])
+        return replace(chosen, parts=tuple(sorted(chosen.parts, key=_shapes)))
+
     def thinned(self, limit: int | None) -> Dataset:
-        """At most `limit` samples, evenly spaced, and a note if that left any out."""
+        """At most `limit` samples, drawn by their content, and a note if that left any out."""
         if limit is None or len(self) <= limit:
             return self
-        note = f"{limit} of {len(self)} samples are used, evenly spaced; --samples sets how many"
+        note = f"{limit} of {len(self)} samples are used, drawn at random; --samples sets how many"
         return replace(
-            self.take(np.linspace(0, len(self) - 1, limit).round().astype(np.intp)), notes=(*self.notes, note)
+            self.take(np.sort(np.argsort(self.fingerprints, kind="stable")[:limit])), notes=(*self.notes, note)
         )
 
-    def split(self, held_out_fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-        """Two disjoint parts drawn at random, the rest and the held-out part, both of whole batches and not empty.
+    def without(self, others: Dataset) -> Dataset | None:
+        """The samples that are not among `others`; None if there are none."""
+        rows = np.flatnonzero(~np.isin(self.fingerprints, others.fingerprints))
+        return self.take(rows) if len(rows) else None
 
-        Where there are two sources or more, each falls into one part as a whole. Of three batches or more, the
-        larger part can be split again.
+    def divided(self, fractions: Sequence[float], seed: int) -> tuple[Dataset, ...]:
+        """Disjoint parts drawn at random, of whole batches and not empty: the rest, then one per fraction.
+
+        Each source falls into one part as a whole, or a note says why not; see `splitting.divided`. The order of the
+        samples makes no difference, and theirs is that of `by_content`.
 
         Raises:
-            InputError: if there are not samples enough for two parts.
+            InputError: if there are not samples enough.
         """
-        held = held_out(len(self), self.sources, self.batch or 1, held_out_fraction, np.random.default_rng(seed))
-        rest = np.setdiff1d(np.arange(len(self)), held)
-        return self.take(rest).in_whole_batches(), self.take(held).in_whole_batches()
+        order = np.argsort(self.fingerprints, kind="stable")
+        sources = None if self.sources is None else self.sources[order]
+        rng = np.random.default_rng(seed)
+        drawn, note = divided(len(self), sources, self.batch or 1, fractions, rng)
+        noted = self if note is None else replace(self, notes=(*self.notes, note))
+        return tuple(noted.by_content(order[rows]).in_whole_batches() for rows in drawn)
+
+    def split(self, held_out_fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+        """Two parts, see `divided`: the rest, and the held-out part."""
+        rest, held = self.divided([held_out_fraction], seed)
+        return rest, held
 
     def in_whole_batches(self) -> Dataset:
-        """Without the samples at the end of each part that do not fill a batch.
+        """Without the samples of each part that do not fill a batch; their content decides which.
 
         Raises:
             InputError: if nothing is left.
         """
         size = self.batch or 1
-        kept = tuple(part.take(slice(len(part) - len(part) % size)) for part in self.parts if len(part) >= size)
+        kept = tuple(_whole(part, size) for part in self.parts if len(part) >= size)
         if not kept:
             shape = " of one shape" if len(self.parts) > 1 else ""
             raise InputError(
@@ -172,7 +197,7 @@ class Dataset:
         for part in self.parts:
             for name, array in part.named.items():
                 digest.update(f"{name}:{array.dtype}:{array.shape};".encode())
-                digest.update(np.ascontiguousarray(array).tobytes())
+                digest.update(content(array))
         return digest.hexdigest()
 
     def _placed(self) -> Iterator[tuple[Part, int]]:
@@ -181,6 +206,17 @@ class Dataset:
         for part in self.parts:
             yield part, start
             start += len(part)
+
+
+def _shapes(part: Part) -> list[tuple[str, tuple[int, ...]]]:
+    return [(name, array.shape[1:]) for name, array in part.named.items()]
+
+
+def _whole(part: Part, size: int) -> Part:
+    """Without the samples that do not fill a batch."""
+    if len(part) % size == 0:
+        return part
+    return part.take(np.sort(np.argsort(fingerprints(part.arrays), kind="stable")[: len(part) - len(part) % size]))
 
 
 def _joined(arrays: Sequence[NDArray[np.generic]]) -> NDArray[np.generic] | None:

@@ -67,8 +67,7 @@ def gathered(origin: str, found: Sequence[Found], signature: Signature) -> Datas
     data = Dataset(parts, whole, _fixed_batch(origin, signature, whole), origin)
     full = data.in_whole_batches()
     left = len(data) - len(full)
-    which = f"the last {left}" if len(parts) == 1 else f"{left}"
-    note = f"{which} of {len(data)} samples are not used: the model takes {data.batch} at a time"
+    note = f"{left} of {len(data)} samples are not used: the model takes {data.batch} at a time"
     return replace(full, notes=(note,)) if left else full
 
 

@@ -7,7 +7,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from onnx_lowrank.accuracy import evaluate
+from onnx_lowrank.accuracy import evaluate, evaluate_original
+from onnx_lowrank.data import Dataset
 from onnx_lowrank.goals import KeepMacs, KeepParams, LatencyMs, MaxDrop, MaxError, Speedup
 from onnx_lowrank.graph import io
 from onnx_lowrank.graph.keys import keyed_nodes
@@ -18,6 +19,7 @@ from onnx_lowrank.progress import Phases
 from onnx_lowrank.report.basis import data_free_layers, data_notes, loss_of, sampling
 from onnx_lowrank.report.build import layer_rows
 from onnx_lowrank.report.model import Accuracy, Dropped, GoalRow, Latency, Report, Size
+from onnx_lowrank.runtime import UnsupportedTypeError
 from onnx_lowrank.search.analysis import REPORT_SEED, Analysis
 from onnx_lowrank.search.bisection import first_difference
 from onnx_lowrank.search.loop import GOAL_SHARE
@@ -42,7 +44,7 @@ def assemble(
         settings: Options.
         path: Receives the model.
         phases: Timed and shown.
-        scores: The original's on the labelled samples, where they are known already.
+        scores: The original's on the labelled samples, see `original_scores`; None without.
 
     Raises:
         InvalidResultError: if the checker refuses the file, its signature changed, it gives NaN where the original does
@@ -63,12 +65,11 @@ def assemble(
     with phases.phase("profile"):
         latency = _latency(analysis, path)
     with phases.phase("evaluate"):
-        native = not analysis.bench.racer.as_float32
-        accuracy = _accuracy(source, path, settings, scores) if native else None
+        accuracy = None if scores is None else _accuracy(source, path, settings, scores)
     with phases.phase("count"):
         size = _size(analysis, path)
         remarks = _remarks(analysis, path, found, latency)
-    names = _names(analysis)
+    names, told = _names(analysis), data_notes(analysis, _labelled(source, settings))
     return Report(
         model={"path": str(source.path), "sha256": source.sha256, "opset": analysis.ready.survey.graph.opset},
         target=_target(settings),
@@ -107,7 +108,7 @@ def assemble(
             }
             for record in (*(() if best.plan.changes_nothing else analysis.ready.records), best.record)
         ),
-        notes=tuple(dict.fromkeys((*analysis.ready.notes, *data_notes(analysis), *found.notes, *remarks))),
+        notes=tuple(dict.fromkeys((*analysis.ready.notes, *told, *found.notes, *remarks))),
         bisect=bisected,
         loss=loss,
         calibration=_calibration(analysis, found),
@@ -145,14 +146,30 @@ def _latency(analysis: Analysis, path: Path) -> Latency:
     )
 
 
-def _accuracy(source: Source, path: Path, settings: Settings, scores: Scores | None) -> Accuracy | None:
-    given = source.reporting if isinstance(settings.goal, MaxDrop) else source.labelled
-    if given is None:
+def original_scores(source: Source, settings: Settings) -> Scores | None:
+    """The original's task metric on what is reported on; None without labels, or kernels for its element types.
+
+    Raises:
+        InputError: if the metric does not fit the original, or its outputs cannot be scored.
+    """
+    given = _labelled(source, settings)
+    try:
+        return None if given is None else evaluate_original(source.path, given, settings.metric, settings.target)
+    except UnsupportedTypeError:
         return None
-    before = evaluate(source.path, given, settings.metric, settings.target) if scores is None else scores
+
+
+def _labelled(source: Source, settings: Settings) -> Dataset | None:
+    """The labelled samples that are reported on."""
+    return source.reporting if isinstance(settings.goal, MaxDrop) else source.labelled
+
+
+def _accuracy(source: Source, path: Path, settings: Settings, before: Scores) -> Accuracy:
+    given = _labelled(source, settings)
+    assert given is not None  # noqa: S101 - the original was scored on them
     after = evaluate(path, given, settings.metric, settings.target)
-    old, new = estimate(before, settings.seed), estimate(after, settings.seed)
-    change = paired_difference(before, after, settings.seed)
+    old, new = (estimate(scores, settings.seed, given.sources) for scores in (before, after))
+    change = paired_difference(before, after, settings.seed, given.sources)
     return Accuracy(
         metric=settings.metric,
         before=old.value,

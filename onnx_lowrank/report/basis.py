@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from onnx_lowrank.calibration.stops import obstacles
+from onnx_lowrank.data import Dataset
 from onnx_lowrank.report.model import Loss, Sampling
 from onnx_lowrank.search.analysis import Analysis
 from onnx_lowrank.search.source import SPLIT_SEED
@@ -36,9 +37,14 @@ def sampling(analysis: Analysis, names: Mapping[str, str]) -> Sampling | None:
     )
 
 
-def data_notes(analysis: Analysis) -> tuple[str, ...]:
-    """What is to be known about the samples beside what the comparison of outputs says of them."""
-    table, labelled = analysis.bench.table, analysis.source.labelled
+def data_notes(analysis: Analysis, labelled: Dataset | None) -> tuple[str, ...]:
+    """What is to be known about the samples beside what the comparison of outputs says of them.
+
+    Args:
+        analysis: What was found.
+        labelled: The labelled samples that are reported on.
+    """
+    table = analysis.bench.table
     padding = None if table is None else table.calibration.samples.padding
     told = () if labelled is None else tuple(f"--eval: {note}" for note in labelled.notes)
     return told if padding is None else (str(padding), *told)

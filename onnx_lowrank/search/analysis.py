@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from onnx_lowrank.accuracy import evaluate
+from onnx_lowrank.accuracy import evaluate, evaluate_original
 from onnx_lowrank.allocators import Allocator
 from onnx_lowrank.calibration.walk import CannotCutError
 from onnx_lowrank.candidates import Candidate
-from onnx_lowrank.errors import InputError
+from onnx_lowrank.errors import InputError, NonFiniteResultError
 from onnx_lowrank.goals import KeepMacs, KeepParams, MaxDrop
 from onnx_lowrank.latency.chains import Pricer
 from onnx_lowrank.latency.measure import Paired
@@ -224,18 +224,17 @@ def _drop_of(source: Source, settings: Settings) -> Callable[[Path], float]:
     """How much the task metric of a model falls on the labelled samples a search may choose by; infinite if broken.
 
     Raises:
-        InputError: if the metric does not fit the original.
+        InputError: if the metric does not fit the original, or its outputs cannot be scored.
     """
     given = source.choosing
     assert given is not None  # noqa: S101 - the goal demands labelled samples
-    before = float(evaluate(source.path, given, settings.metric, settings.target).mean())
+    before = float(evaluate_original(source.path, given, settings.metric, settings.target).mean())
 
     def drop(model: Path) -> float:
         try:
-            found = before - float(evaluate(model, given, settings.metric, settings.target).mean())
-        except InputError as error:
+            return before - float(evaluate(model, given, settings.metric, settings.target).mean())
+        except (InputError, NonFiniteResultError) as error:
             logger.warning("%s is not looked at any further: %s", model.name, error)
             return math.inf
-        return found if math.isfinite(found) else math.inf
 
     return drop

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -42,15 +42,19 @@ class Source:
     held_out: Dataset | None
     labelled: Dataset | None
 
-    @cached_property
+    @property
     def choosing(self) -> Dataset | None:
         """The half of the labelled samples that a search for a drop of the metric may choose by."""
-        return None if self.labelled is None else self.labelled.split(0.5, SPLIT_SEED)[0]
+        return None if self._halves is None else self._halves[0]
 
-    @cached_property
+    @property
     def reporting(self) -> Dataset | None:
         """The other half, on which such a search is reported."""
-        return None if self.labelled is None else self.labelled.split(0.5, SPLIT_SEED)[1]
+        return None if self._halves is None else self._halves[1]
+
+    @cached_property
+    def _halves(self) -> tuple[Dataset, Dataset] | None:
+        return None if self.labelled is None else self.labelled.split(0.5, SPLIT_SEED)
 
 
 def read_source(
@@ -66,7 +70,7 @@ def read_source(
     Args:
         path: The model.
         calibration: Unlabelled samples, see `data.read_samples`.
-        labelled: Labelled samples.
+        labelled: Labelled samples; those of `calibration` that are among them are left out.
         preprocess: How images become arrays.
         limit: How many of `calibration` to use at most.
 
@@ -80,6 +84,8 @@ def read_source(
     labels = None if labelled is None else read_samples(labelled, inputs, preprocess=preprocess)
     if labels is not None and labels.labels is None:
         raise InputError(f"{labelled} without an array 'label'", "labelled samples", "add labels, or leave --eval out")
+    if data is not None:
+        data = (data if labels is None else _unreported(data, labels)).by_content()
     samples, held_out = None, data
     if data is not None:
         try:
@@ -87,3 +93,20 @@ def read_source(
         except InputError as error:
             logger.warning("no calibration: %s", error)
     return Source(path, graph, io.model_sha256(path), signature, data, samples, held_out, labels)
+
+
+def _unreported(data: Dataset, labelled: Dataset) -> Dataset:
+    """The calibration samples that no metric is taken on, in whole batches.
+
+    Raises:
+        InputError: if there are none.
+    """
+    others = data.without(labelled)
+    if others is None:
+        found = f"{len(data)} calibration samples of {data.origin} that are all among those of --eval"
+        raise InputError(found, "some to fit on that the metric is not taken on", "give others, or leave one out")
+    left_out = len(data) - len(others)
+    if not left_out:
+        return data
+    note = f"{left_out} calibration samples are among those of --eval and are left out"
+    return replace(others, notes=(*data.notes, note)).in_whole_batches()
