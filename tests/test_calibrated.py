@@ -17,14 +17,14 @@ from roads import Ride, low_rank, network, node, on_one_thread, ride, save
 from walks import embedding, sequences
 
 from onnx_lowrank.decomposition import Rank
-from onnx_lowrank.errors import InputError
-from onnx_lowrank.goals import KeepMacs, MaxDrop, MaxError
+from onnx_lowrank.errors import InputError, InvalidResultError
+from onnx_lowrank.goals import DEFAULT_GOAL, KeepMacs, MaxDrop, MaxError
 from onnx_lowrank.layer import Array
 from onnx_lowrank.passes.decompose.two_stage import TwoStage
 from onnx_lowrank.pipeline import apply, optimize
 from onnx_lowrank.plan import CALIBRATED, DATA_FREE, REFIT, PassSpec
 from onnx_lowrank.report.terminal import show
-from onnx_lowrank.search import calibrated
+from onnx_lowrank.search import calibrated, loop
 from onnx_lowrank.search.source import SPLIT_SEED, read_source
 from onnx_lowrank.target import Target
 from onnx_lowrank.validation import compare
@@ -217,6 +217,21 @@ def test_the_error_stays_within_its_limit(data: Path, tmp_path: Path) -> None:
     assert goal.reached
     assert float(str(made.report.fidelity["relative_error"])) <= 0.05
     assert made.report.factorized or "kept" in goal.reason
+
+
+def test_the_goal_that_nobody_stated_may_be_missed_and_a_limit_may_not(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "ERROR_AIM", 8.0)  # the samples that are held out say otherwise
+    given = {"calibration": data / "calibration.npz"}
+    made = ride(narrow(), tmp_path, on_one_thread(DEFAULT_GOAL, **given))
+    error = float(str(made.report.fidelity["relative_error"]))
+    assert error > DEFAULT_GOAL.value
+    assert not made.report.goal.reached
+    assert f"relative error {error:.3g}" in made.report.goal.reason
+    with pytest.raises(InvalidResultError, match="the limit"):
+        optimize(made.source, tmp_path / "limited.onnx", on_one_thread(MaxError(DEFAULT_GOAL.value), **given))
+    assert not (tmp_path / "limited.onnx").exists()
 
 
 def test_a_drop_is_told_as_measured_on_other_samples(data: Path, tmp_path: Path) -> None:

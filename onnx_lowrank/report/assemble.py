@@ -9,7 +9,7 @@ from pathlib import Path
 
 from onnx_lowrank.accuracy import evaluate, evaluate_original
 from onnx_lowrank.data import Dataset
-from onnx_lowrank.goals import KeepMacs, KeepParams, LatencyMs, MaxDrop, MaxError, Speedup
+from onnx_lowrank.goals import DEFAULT_GOAL, KeepMacs, KeepParams, LatencyMs, MaxDrop, MaxError, Speedup
 from onnx_lowrank.graph import io
 from onnx_lowrank.graph.keys import keyed_nodes
 from onnx_lowrank.graph.size import file_bytes, parameters
@@ -55,8 +55,8 @@ def assemble(
     with phases.phase("write"):
         analysis.bench.finish(best.plan, path.name)
     with phases.phase("validate"):
-        limited = isinstance(settings.goal, MaxError)
-        source, limit = analysis.source, settings.goal.value if limited else None
+        stated = isinstance(settings.goal, MaxError) and settings.goal is not DEFAULT_GOAL
+        source, limit = analysis.source, settings.goal.value if stated else None
         seed, metric = settings.seed + REPORT_SEED, settings.error_metric
         found = compare(source.path, path, settings.target, source.held_out, limit, seed=seed, error_metric=metric)
         bisected = first_difference(analysis, settings) if settings.bisect else None
@@ -227,6 +227,7 @@ def _goal(
             reason = f"{latency.after_ms:.3g} ms measured"
         case MaxError():
             error = found.error(settings.error_metric)
+            reached = reached and error <= goal.value
             reason = f"{settings.error_metric} error {error:.3g} on {found.samples} {found.data} samples; {reason}"
         case MaxDrop() if accuracy is not None:
             drop, low, high = accuracy.before - accuracy.after, -accuracy.ci95[1], -accuracy.ci95[0]
