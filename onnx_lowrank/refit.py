@@ -18,7 +18,7 @@ from pathlib import Path
 from onnx_lowrank.calibration.layer_data import Block, LayerData
 from onnx_lowrank.calibration.samples import Samples
 from onnx_lowrank.calibration.stops import stops
-from onnx_lowrank.calibration.unfold import Counted, Unfolding, rows_per_sample
+from onnx_lowrank.calibration.unfold import Fed, Unfolding, rows_per_sample
 from onnx_lowrank.calibration.walk import Cut, Front, Values, route
 from onnx_lowrank.chain import Fit
 from onnx_lowrank.decomposition import Decomposition
@@ -107,10 +107,10 @@ class _Walk:
         self.changed = bool(rest)
         self.fronts = (Front(_made(folder / "original"), target), Front(_made(folder / "compressed"), target))
         self.fits: list[bool] = []
-        self.counted: list[Counted | None] = []
-        for feeds, fits, _ in samples.batches():
+        self.fed: list[Fed] = []
+        for feeds, fits, count in samples.batches():
             self.fits.append(fits)
-            self.counted.append(samples.counted(feeds))
+            self.fed.append(Fed(count, samples.counted(feeds)))
             for front in self.fronts:
                 front.put(feeds)
         for front, network in zip(self.fronts, (original, compressed), strict=True):
@@ -145,19 +145,20 @@ class _Walk:
         def hear(batch: int, y: Values) -> None:
             if len({held.shape(cut.x, batch) for held in self.fronts}) > 1:
                 return  # shapes that depend on values: no row has a counterpart
-            wanted, beside, counted = y, None, self.counted[batch]
+            wanted, beside, fed = y, None, self.fed[batch]
             if cut.beside is not None:
                 before, now = (held.value(cut.beside, batch) for held in self.fronts)
                 if before.shape == now.shape == y.shape:
-                    wanted, beside = y + before, unfolding.targets(now, counted)
+                    wanted, beside = y + before, unfolding.targets(now, fed.counted, fed.samples)
 
             def inputs() -> Array:
-                return unfolding.rows(self.fronts[1].value(cut.x, batch), counted)
+                return unfolding.rows(self.fronts[1].value(cut.x, batch), fed.counted, fed.samples)
 
             if not self.fits[batch]:
                 inputs = functools.cache(inputs)  # judged by many times, and few
 
-            blocks[self.fits[batch]].append(Block(inputs, unfolding.targets(wanted, counted), beside))
+            targets = unfolding.targets(wanted, fed.counted, fed.samples)
+            blocks[self.fits[batch]].append(Block(inputs, targets, beside))
 
         self.fronts[0].advance(self.original, front, cut.y, hear)
         return LayerData(blocks[True], blocks[False], cut.relu)

@@ -83,7 +83,7 @@ def test_an_original_that_cannot_be_scored_is_named_before_the_search(tmp_path: 
     model, _, path = written(tmp_path, images(1), labelled)
     phases = Phases()
     with pytest.raises(
-        InputError, match="got 1 of 8 samples with NaN or infinite mse, in outputs of model.onnx, the orig"
+        InputError, match=r"got 1 of 8 samples with NaN or infinite mse, in outputs of model.onnx, the o"
     ):
         optimize(model, tmp_path / "out.onnx", on_one_thread(KeepMacs(0.6), eval=scored(path, 8), metric="mse"), phases)
     assert phases.seconds.keys() == {"read", "evaluate"}
