@@ -21,7 +21,7 @@ import numpy as np
 from onnx_lowrank.calibration.layer_data import Block, LayerData
 from onnx_lowrank.calibration.samples import Samples
 from onnx_lowrank.calibration.stops import stops
-from onnx_lowrank.calibration.unfold import Counted, Unfolding, rows_per_sample
+from onnx_lowrank.calibration.unfold import Fed, Unfolding, rows_per_sample
 from onnx_lowrank.calibration.walk import Cut, Front, Values, route
 from onnx_lowrank.chain import Fit
 from onnx_lowrank.decomposition import Decomposition, Factorization
@@ -122,10 +122,10 @@ class _Walk:
         self.changed = bool(rest)
         self.fronts = (Front(_made(folder / "original"), target), Front(_made(folder / "compressed"), target))
         self.fits: list[bool] = []
-        self.counted: list[Counted | None] = []
-        for feeds, fits, _ in samples.batches():
+        self.fed: list[Fed] = []
+        for feeds, fits, count in samples.batches():
             self.fits.append(fits)
-            self.counted.append(samples.counted(feeds))
+            self.fed.append(Fed(count, samples.counted(feeds)))
             for front in self.fronts:
                 front.put(feeds)
         for front, network in zip(self.fronts, (original, compressed), strict=True):
@@ -162,21 +162,25 @@ class _Walk:
             nonlocal relu
             if len({held.shape(cut.x, batch) for held in self.fronts}) > 1:
                 return  # shapes that depend on values: no row has a counterpart
-            wanted, beside, counted = y, None, self.counted[batch]
+            wanted, beside, fed = y, None, self.fed[batch]
             if cut.beside is not None:
                 before, now = (held.value(cut.beside, batch) for held in self.fronts)
                 if before.shape == now.shape and np.broadcast_shapes(before.shape, y.shape) == y.shape:
-                    wanted, beside = y + before, unfolding.targets(np.broadcast_to(now, y.shape), counted)
+                    wanted, beside = (
+                        y + before,
+                        unfolding.targets(np.broadcast_to(now, y.shape), fed.counted, fed.samples),
+                    )
                 else:  # y is added to each of several positions: what the ReLU lets through is not y's to know
                     relu = False
 
             def inputs() -> Array:
-                return unfolding.rows(self.fronts[1].value(cut.x, batch), counted)
+                return unfolding.rows(self.fronts[1].value(cut.x, batch), fed.counted, fed.samples)
 
             if not self.fits[batch]:
                 inputs = functools.cache(inputs)  # judged by many times, and few
 
-            blocks[self.fits[batch]].append(Block(inputs, unfolding.targets(wanted, counted), beside))
+            targets = unfolding.targets(wanted, fed.counted, fed.samples)
+            blocks[self.fits[batch]].append(Block(inputs, targets, beside))
 
         self.fronts[0].advance(self.original, front, cut.y, hear)
         return LayerData(blocks[True], blocks[False], relu)

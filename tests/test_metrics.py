@@ -198,8 +198,9 @@ def test_intervals_draw_whole_sources() -> None:
         assert found.samples == 600
     assert hits >= 33  # 95 % of 40 is 38; 33 has a probability below 0.02
     assert np.mean(widths) == pytest.approx(2 * 1.96 / 30**0.5, rel=0.15)  # of 30 independent values, not of 600
-    assert bootstrap_mean(values, 0, np.full(600, "one")) == bootstrap_mean(values, 0)
-    assert bootstrap_mean(values, 0, np.arange(600).astype(str)) == bootstrap_mean(values, 0)
+    values = rng.standard_normal(50)
+    for alone in (np.full(50, "one"), np.arange(50).astype(str)):
+        assert bootstrap_mean(values, 0, alone) == bootstrap_mean(values, 0)
 
 
 def test_shares_of_sources() -> None:

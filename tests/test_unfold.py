@@ -157,6 +157,32 @@ def test_the_same_positions_whatever_the_batch(proto: ModelProto) -> None:
         np.testing.assert_array_equal(np.concatenate(parts), whole)
 
 
+def flattened(rows: int) -> Unfolding:
+    """Of a product of a matrix (any, 3) with (3, 2)."""
+    graph = Graph(product_model("MatMul", [60, 3], [3, 2]))
+    use = applied(graph.main, graph.main.nodes[0])
+    assert not isinstance(use, str)
+    return Unfolding(use.form, use.shape, rows)
+
+
+def test_rows_of_flattened_positions_are_limited_and_their_targets_with_them() -> None:
+    unfolding, w = flattened(2), RNG.standard_normal((3, 2)).astype(np.float32)
+    x = RNG.standard_normal((60, 3)).astype(np.float32)
+    for samples, length in ((6, 60), (7, 60), (6, 6), (6, 12)):
+        some = x[:length]
+        rows, targets = unfolding.rows(some, samples=samples), unfolding.targets(some @ w, samples=samples)
+        assert len(rows) == min(length, 2 * samples)
+        np.testing.assert_allclose(rows[:, 0] @ w, targets[:, 0], rtol=1e-5, atol=1e-6)
+    whole = unfolding.rows(x, samples=6)  # ten positions each
+    parts = [unfolding.rows(x[10 * i : 10 * i + 20], samples=2) for i in (0, 2, 4)]
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
+
+
+def test_one_row_per_sample_stays_whole_whatever_the_limit() -> None:
+    x = RNG.standard_normal((32, 3)).astype(np.float32)
+    np.testing.assert_array_equal(flattened(1).rows(x, samples=32)[:, 0], x)
+
+
 def test_positions_differ_by_seed_and_are_all_there_when_few() -> None:
     graph = Graph(conv_model([1, 2, 9, 9], [2, 2, 1, 1]))
     use = applied(graph.main, graph.main.nodes[0])

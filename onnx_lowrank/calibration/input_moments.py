@@ -8,7 +8,7 @@ from pathlib import Path
 from onnx_lowrank.calibration.moments import Accumulator, Moments
 from onnx_lowrank.calibration.samples import Samples
 from onnx_lowrank.calibration.stops import Stop, stops
-from onnx_lowrank.calibration.unfold import Counted, Unfolding, rows_per_sample
+from onnx_lowrank.calibration.unfold import Fed, Unfolding, rows_per_sample
 from onnx_lowrank.calibration.walk import Front, Route, route
 from onnx_lowrank.graph.model import Graph
 from onnx_lowrank.layer import Array, Layer
@@ -28,13 +28,13 @@ class InputMoments:
         self._stops, self._path, self._samples = found, path, samples
         self._held: dict[tuple[str, Hashable], Moments] = {}
 
-    def at(self, number: int, front: Front, fitting: Mapping[int, Counted | None]) -> Moments:
+    def at(self, number: int, front: Front, fitting: Mapping[int, Fed]) -> Moments:
         """Moments of what cut `number` reads; what no later cut reads is forgotten.
 
         Args:
             number: Position among the route's cuts.
             front: Holds the tensor.
-            fitting: Batches to take them from, and which of their positions count.
+            fitting: Batches to take them from, and what is in them.
         """
         cut = self._path.cuts[number]
         layer = self._stops[cut.key].layer
@@ -42,8 +42,8 @@ class InputMoments:
         key = (cut.x, unfolding.reading)
         if key not in self._held:
             sums = Accumulator(layer.shape.groups, layer.shape.inputs)
-            for batch, counted in fitting.items():
-                sums.add(unfolding.rows(front.value(cut.x, batch), counted))
+            for batch, fed in fitting.items():
+                sums.add(unfolding.rows(front.value(cut.x, batch), fed.counted, fed.samples))
             self._held[key] = sums.moments()
         moments = self._held[key]
         read = {later.x for later in self._path.cuts[number + 1 :]}
@@ -69,10 +69,10 @@ def grams(
     found = stops(graph, layers)
     path = route(graph, {key: stop.operand for key, stop in found.items()})
     front, moments = Front(folder, target), InputMoments(found, path, len(samples.fit))
-    fitting: dict[int, Counted | None] = {}
-    for feeds, fits, _ in samples.batches():
+    fitting: dict[int, Fed] = {}
+    for feeds, fits, count in samples.batches():
         if fits:
-            fitting[len(fitting)] = samples.counted(feeds)
+            fitting[len(fitting)] = Fed(count, samples.counted(feeds))
             front.put(feeds)
     for number, cut in enumerate(path.cuts):
         stop = found[cut.key]

@@ -2,7 +2,7 @@
 
 Rows are positions: output pixels of a convolution, leading indices of a product. Where there are more than are wanted,
 the same seeded positions are taken of every sample, whatever the batch it comes in. Positions that are padding (see
-`padding`) are passed over.
+`padding`) are passed over. A matrix is read as samples with as many rows each, one after the other.
 """
 
 from __future__ import annotations
@@ -34,6 +34,19 @@ def rows_per_sample(shape: LayerShape, samples: int) -> int:
     return math.ceil(rows / max(samples, 1))
 
 
+@dataclass(frozen=True, eq=False)
+class Fed:
+    """What is known of a batch that was fed.
+
+    Args:
+        samples: How many are in it.
+        counted: (samples, positions), false where a position is padding; None: all count.
+    """
+
+    samples: int
+    counted: Counted | None
+
+
 @dataclass(frozen=True)
 class Unfolding:
     """How the rows of one layer's node are read off its input and output.
@@ -57,23 +70,24 @@ class Unfolding:
         where = (form.geometry, form.side, form.transposed_input, form.batch)
         return (*where, shape.groups, shape.in_, shape.kernel, self.rows_per_sample, self.seed)
 
-    def rows(self, x: Values, counted: Counted | None = None) -> Array:
+    def rows(self, x: Values, counted: Counted | None = None, samples: int | None = None) -> Array:
         """Unfolded inputs of one batch, (rows, groups, n), in real numbers; n = in prod(kernel), order (c, kernel).
 
         Args:
             x: What the node reads.
             counted: (samples, positions), false where a position is padding; None: all count. Heeded where x is
                 (samples, positions, width).
+            samples: Samples in the batch, for a matrix, which does not tell; None: each row may be one.
         """
         if self.form.geometry is not None:
             size = self.form.geometry.output_size(x.shape[2:], self.shape.kernel)
             return _patches(_real(x), self.form.geometry, self.shape, self._positions(size), size)
-        return self._product_rows(_real(x), self.shape.in_, counted, transposed=self.form.transposed_input)
+        return self._product_rows(_real(x), self.shape.in_, counted, samples, transposed=self.form.transposed_input)
 
-    def targets(self, y: Values, counted: Counted | None = None) -> Array:
+    def targets(self, y: Values, counted: Counted | None = None, samples: int | None = None) -> Array:
         """Outputs at the same positions, (rows, groups, out)."""
         if self.form.geometry is None:
-            return self._product_rows(_real(y), self.shape.out, counted, transposed=False)
+            return self._product_rows(_real(y), self.shape.out, counted, samples, transposed=False)
         picked = _real(y)[(slice(None), slice(None), *self._positions(y.shape[2:]))]
         return picked.swapaxes(1, 2).reshape(-1, self.shape.groups, self.shape.out)
 
@@ -87,7 +101,9 @@ class Unfolding:
         rng = np.random.default_rng([self.seed, zlib.crc32(repr(key).encode())])
         return np.sort(rng.choice(count, self.rows_per_sample, replace=False))
 
-    def _product_rows(self, array: Array, width: int, counted: Counted | None, *, transposed: bool) -> Array:
+    def _product_rows(
+        self, array: Array, width: int, counted: Counted | None, samples: int | None, *, transposed: bool
+    ) -> Array:
         """Rows of one operand of y = x W^T; a stack of products has one group per matrix."""
         if counted is not None and self._is_tokens(array.shape, counted, transposed=transposed):
             return array.reshape(*counted.shape, 1, width)[self._taken(counted)]
@@ -99,8 +115,8 @@ class Unfolding:
         lead = np.broadcast_shapes(array.shape[:-2], batch)
         length = array.shape[-2] if array.ndim > 1 else 1
         stacked = np.broadcast_to(array.reshape(*array.shape[:-2], length, width), (*lead, length, width))
-        if not lead:  # every row is, or may be, a sample of its own: nothing to choose from
-            return stacked.reshape(-1, 1, width)
+        if not lead:
+            return self._matrix_rows(stacked, samples)
         if groups > 1:
             # Axes of the stack are told from those its matrices are broadcast over.
             sizes = (1,) * (len(lead) - len(batch)) + batch
@@ -111,6 +127,16 @@ class Unfolding:
             flat = stacked.reshape(lead[0], -1, 1, width)
         chosen = self._chosen(flat.shape[1], flat.shape[1:2])
         return flat[:, chosen].reshape(-1, groups, width)
+
+    def _matrix_rows(self, matrix: Array, samples: int | None) -> Array:
+        """Rows of (length, width), at most as many as are wanted of all samples; one row per sample stays whole."""
+        length, width = matrix.shape
+        count = length if samples is None else samples
+        if length % max(count, 1):  # rows that depend on values belong to no sample in particular
+            taken = np.sort(self._shuffled(length)[: self.rows_per_sample * count])
+            return matrix[taken].reshape(-1, 1, width)
+        flat = matrix.reshape(count, length // max(count, 1), width)
+        return flat[:, self._chosen(flat.shape[1], flat.shape[1:2])].reshape(-1, 1, width)
 
     def _is_tokens(self, shape: Shape, counted: Counted, *, transposed: bool) -> bool:
         """Whether an operand certainly is (samples, positions, width).

@@ -16,7 +16,7 @@ from onnx_lowrank.calibration.input_moments import InputMoments
 from onnx_lowrank.calibration.moments import output_energy
 from onnx_lowrank.calibration.samples import Samples
 from onnx_lowrank.calibration.stops import Stop, stops
-from onnx_lowrank.calibration.unfold import Counted
+from onnx_lowrank.calibration.unfold import Fed
 from onnx_lowrank.calibration.walk import INPUTS, Front, Route, route
 from onnx_lowrank.candidates import Candidate
 from onnx_lowrank.chain import Fit
@@ -154,14 +154,14 @@ class CalibratedTable:
         folder = room / f"front{len(list(room.iterdir()))}"
         folder.mkdir()
         front = Front(folder, self.calibration.target)
-        fitting: dict[int, Counted | None] = {}
+        fitting: dict[int, Fed] = {}
         probing: dict[int, int] = {}
         per_sample = sum(layer.macs for layer in self.layers) * len(self.layers) * PROBES / 2
         most = min(max(PROBE_MACS / max(per_sample, 1), PROBE_SAMPLES[0]), PROBE_SAMPLES[1])
         for batch, (feeds, fits, count) in enumerate(self.calibration.samples.batches()):
             front.put(feeds)
             if fits:
-                fitting[batch] = self.calibration.samples.counted(feeds)
+                fitting[batch] = Fed(count, self.calibration.samples.counted(feeds))
             elif sum(probing.values()) < most:
                 probing[batch] = count
         session = front.open(self.graph, list(path.outputs))
@@ -224,7 +224,7 @@ class Probes:
         graph: The network.
         front: Activations of the original.
         path: Where the walk stops.
-        fitting: Batches moments are taken from, and which of their positions count.
+        fitting: Batches moments are taken from, and what is in them.
         probing: Batches losses are measured on, and the number of samples in each.
         reference: The original's outputs on them.
     """
@@ -232,7 +232,7 @@ class Probes:
     graph: Graph
     front: Front
     path: Route
-    fitting: Mapping[int, Counted | None]
+    fitting: Mapping[int, Fed]
     probing: Mapping[int, int]
     reference: Sequence[Outputs]
 
