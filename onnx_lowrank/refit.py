@@ -166,10 +166,8 @@ class _Walk:
             if cut.beside is not None:
                 before, now = (held.value(cut.beside, batch) for held in self.fronts)
                 if before.shape == now.shape and np.broadcast_shapes(before.shape, y.shape) == y.shape:
-                    wanted, beside = (
-                        y + before,
-                        unfolding.targets(np.broadcast_to(now, y.shape), fed.counted, fed.samples),
-                    )
+                    over = np.broadcast_to(now, y.shape)
+                    wanted, beside = y + before, unfolding.targets(over, fed.counted, fed.samples)
                 else:  # y is added to each of several positions: what the ReLU lets through is not y's to know
                     relu = False
 

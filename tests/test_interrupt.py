@@ -27,8 +27,8 @@ HEED = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
 COMMAND = (sys.executable, "-c", f"{HEED}; from onnx_lowrank.cli import main; main()")
 OPTIMIZE = ("optimize", "model.onnx", "-o", "out.onnx", "--threads", "1", "--keep-macs", "0.5", "--time-limit", "0.1")
 PHASES = (
-    *("read", "baseline", "normalize", "channel grid", "decompose", "search", "time chains"),
-    *("write", "validate", "profile", "evaluate", "count"),
+    *("read", "evaluate", "baseline", "normalize", "channel grid", "decompose", "search", "time chains"),
+    *("write", "validate", "profile", "count"),
 )
 
 

@@ -76,7 +76,7 @@ def test_given_data_and_labels_are_reported(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     images = rng.standard_normal((12, 3, 16, 16)).astype(np.float32)
     labels = run_model(network(), {"image": images})[0].argmax(axis=1)
-    np.savez(tmp_path / "c.npz", image=images[:6])
+    np.savez(tmp_path / "c.npz", image=rng.standard_normal((6, 3, 16, 16)).astype(np.float32))
     np.savez(tmp_path / "e.npz", image=images, label=labels)
     files: dict[str, Any] = {"calibration": tmp_path / "c.npz", "eval": tmp_path / "e.npz"}
     made = ride(network(), tmp_path, on_one_thread(KeepMacs(0.6), **files))

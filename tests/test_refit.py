@@ -319,10 +319,10 @@ def test_a_branch_that_is_broadcast_in_front_of_a_relu(wide: str, tmp_path: Path
     feeds = {"image": np.random.default_rng(9).standard_normal((64, 8, 8, 8)).astype(np.float32)}
     errors: list[float] = []
     for regress in (True, False):
-        made, _ = refitted(proto, chosen, samples(96, "image", (8, 8, 8)), tmp_path, regress=regress)
+        made, _ = refitted(proto, chosen, samples(384, "image", (8, 8, 8)), tmp_path, regress=regress)
         truth, got = (run_model(each, feeds)[0] for each in (proto, made))
         errors.append(float(np.linalg.norm(got - truth)))
-    assert errors[0] <= errors[1] * 1.002
+    assert errors[0] <= errors[1] * 1.01
 
 
 def test_nothing_to_refit(tmp_path: Path) -> None:
