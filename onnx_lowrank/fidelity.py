@@ -137,10 +137,13 @@ class FidelityMeter:
 
     @property
     def loss(self) -> float:
-        """Damage to all outputs, second order in small errors: KL where it is defined, else squared relative error."""
+        """Damage to all outputs, second order in small errors: KL where it is defined, else squared relative error.
+
+        Samples whose outputs have another shape are off by all of themselves.
+        """
         outputs = self.result()
         floating = [output for output in outputs if self._outputs[output.name].floating] or outputs
-        return sum(output.relative**2 if output.kl is None else output.kl for output in floating)
+        return sum(_damage(output) for output in floating)
 
     def _kind(self, name: str, array: NDArray[np.generic]) -> str:
         if array.ndim < 2 or array.shape[-1] < 2 or array.dtype.kind in "iubOUS":
@@ -150,6 +153,12 @@ class FidelityMeter:
         if _is_distribution(array.astype(np.float64)):
             return "probabilities"
         return self._scores if array.ndim == 2 else "values"
+
+
+def _damage(output: OutputFidelity) -> float:
+    if output.kl is None:
+        return output.relative**2  # what has another shape is in it
+    return output.kl + output.shape_mismatches / output.samples
 
 
 def relative_error(reference: Mapping[str, object], candidate: Mapping[str, object]) -> float:

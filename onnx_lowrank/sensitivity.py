@@ -69,9 +69,10 @@ def probe_at(errors: Sequence[float], count: int = PROBES) -> list[int]:
 def output_loss(batches: Iterable[tuple[Outputs, Outputs, int]]) -> float:
     """Loss of a network's outputs against the original's, over (original, other, samples) of every batch.
 
-    NaN or infinity where the original has numbers counts as no distance anywhere else; here it is ruin.
+    NaN or infinity where the original has numbers counts as no distance anywhere else; here it is ruin, which no other
+    loss exceeds: what is not zero where the original is would be infinitely far.
     """
     meter = FidelityMeter()
     for before, after, count in batches:
         meter.update(before, after, count)
-    return RUIN if any(output.non_finite_new for output in meter.result()) else meter.loss
+    return RUIN if any(output.non_finite_new for output in meter.result()) else min(meter.loss, RUIN)

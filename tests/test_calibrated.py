@@ -232,8 +232,8 @@ def test_the_goal_that_nobody_stated_may_be_missed_and_a_limit_may_not(
     assert error > DEFAULT_GOAL.value
     assert not made.report.goal.reached
     assert f"relative error {error:.3g}" in made.report.goal.reason
+    limited = on_one_thread(MaxError(DEFAULT_GOAL.value), calibration=samples)
     with pytest.raises(InvalidResultError, match=r"expected at most 0\.01;"):
-        limited = on_one_thread(MaxError(DEFAULT_GOAL.value), calibration=samples)
         optimize(made.source, tmp_path / "limited.onnx", limited)
     assert not (tmp_path / "limited.onnx").exists()
 

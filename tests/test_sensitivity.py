@@ -91,3 +91,10 @@ def test_what_gives_no_numbers_is_ruined(bad: float) -> None:
     assert output_loss([({"y": y}, {"y": other}, 3)]) == RUIN
     assert output_loss([({"y": other}, {"y": y}, 3)]) == 0.0  # the original's own
     assert math.isfinite(LossCurve.through([(0.1, 1e-3), (0.9, RUIN)]).loss(0.95))
+
+
+def test_a_loss_counts_outputs_of_another_shape_and_ends_at_ruin() -> None:
+    p = np.random.default_rng(0).dirichlet(np.ones(5), 6)
+    assert output_loss([({"p": p}, {"p": p}, 6), ({"p": p}, {"p": p[:3]}, 6)]) == pytest.approx(0.5)
+    zero = np.zeros((6, 4, 4))
+    assert output_loss([({"y": zero}, {"y": zero + 1}, 6)]) == RUIN
