@@ -124,10 +124,10 @@ def test_without_refit(trip: Ride, data: Path, tmp_path: Path) -> None:
 
 
 def test_the_error_stays_within_its_limit(data: Path, tmp_path: Path) -> None:
-    made = ride(narrow(), tmp_path, on_one_thread(MaxError(0.05), calibration=data / "calibration.npz"))
+    made = ride(narrow(), tmp_path, on_one_thread(MaxError(0.1), calibration=data / "calibration.npz"))
     goal = made.report.goal
     assert goal.reached
-    assert float(str(made.report.fidelity["relative_error"])) <= 0.05
+    assert float(str(made.report.fidelity["relative_error"])) <= 0.1
     assert made.report.factorized or "kept" in goal.reason
 
 
