@@ -59,6 +59,8 @@ class Decomposition(ABC):
         depthwise: Whether there are depthwise stages between the ranks' channels. Kernels take these fast in whole
             channel blocks only, so `ranks` is given the machine's block even where time does not count.
         by_rank: Whether every rank is a fit of its own, made when it is first asked for: asking has a price then.
+        whole_rows: Whether the first stage reads all inputs at once, kernel included: then the chain can be calibrated
+            in the row space of its weight, see `row_space`.
         structure: How many leading entries of a rank say how the weight is arranged, not how much of it is kept;
             negative: all entries but so many. Errors fall with the rank among ranks that agree in them.
     """
@@ -67,6 +69,7 @@ class Decomposition(ABC):
     on_request: ClassVar[str] = ""
     depthwise: ClassVar[bool] = False
     by_rank: ClassVar[bool] = False
+    whole_rows: ClassVar[bool] = False
     structure: ClassVar[int] = 0
 
     @abstractmethod

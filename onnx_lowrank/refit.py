@@ -13,6 +13,7 @@ import functools
 import logging
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -20,7 +21,7 @@ import numpy as np
 
 from onnx_lowrank.calibration.layer_data import Block, LayerData
 from onnx_lowrank.calibration.samples import Samples
-from onnx_lowrank.calibration.stops import stops
+from onnx_lowrank.calibration.stops import Stop, stops
 from onnx_lowrank.calibration.unfold import Fed, Unfolding, rows_per_sample
 from onnx_lowrank.calibration.walk import Cut, Front, Values, route
 from onnx_lowrank.chain import Fit
@@ -31,6 +32,7 @@ from onnx_lowrank.layer import Array, Layer
 from onnx_lowrank.plan import Plan
 from onnx_lowrank.regression import Chosen, Refitted, fit_chain
 from onnx_lowrank.rewrite import Replacement, splice
+from onnx_lowrank.row_space import RowSpace
 from onnx_lowrank.target import Target
 
 logger = logging.getLogger(__name__)
@@ -113,8 +115,9 @@ class _Walk:
         regress: bool,
     ) -> None:
         self.original, self.compressed, self.samples, self.regress = original, compressed, samples, regress
-        self.stops = stops(original, (one.layer for one in chosen))
         self.chosen = {one.layer.key: one for one in chosen}
+        found = stops(original, (one.layer for one in chosen))
+        self.stops = {key: stop for key, stop in found.items() if self._fittable(stop)}
         self.path = route(original, {key: stop.operand for key, stop in self.stops.items()})
         fitted = {self.stops[cut.key].layer.key for cut in self.path.cuts}
         rest = [one for one in chosen if one.method is not None and one.layer.key not in fitted]
@@ -131,6 +134,11 @@ class _Walk:
         for front, network in zip(self.fronts, (original, compressed), strict=True):
             front.advance(network, self.path.fronts[0])
 
+    def _fittable(self, stop: Stop) -> bool:
+        """Whether moments tell what the layer's chain needs; those in a row space say too little for most formats."""
+        method = self.chosen[stop.layer.key].method
+        return not stop.in_row_space or method is None or method.whole_rows
+
     def step(self, number: int) -> dict[str, Refitted]:
         """Fit what one layer becomes, put it into the compressed network, and move on."""
         cut, front = self.path.cuts[number], self.path.fronts[number + 1]
@@ -142,7 +150,16 @@ class _Walk:
         else:
             channels = one.layer.shape.groups * one.layer.shape.out
             inside = None if stop.slot is None else stop.slot.inside(channels)
-            result = fit_chain(one, self._data(cut, one, front), inside, regress=self.regress)
+            space = stop.space
+            result = fit_chain(
+                one if space is None else one.in_space(space),
+                self._data(cut, one, front, space),
+                inside,
+                regress=self.regress,
+            )
+            if space is not None and result.fit is not None:
+                fit = replace(result.fit, factors=space.widened(result.fit.factors, one.chain))
+                result = replace(result, fit=fit)
             logger.info("%s: %s, error %.4f -> %.4f", cut.key, result.what, result.error_before, result.error)
             if result.fit is not None:
                 splice(self.compressed, [_replacement(one, result.fit)])
@@ -151,10 +168,10 @@ class _Walk:
         self.fronts[1].advance(self.compressed, front)
         return found
 
-    def _data(self, cut: Cut, one: Chosen, front: Sequence[str]) -> LayerData:
+    def _data(self, cut: Cut, one: Chosen, front: Sequence[str], space: RowSpace | None) -> LayerData:
         """Inputs in the compressed and wanted outputs from the original network; the original moves on."""
-        shape = one.layer.shape
-        unfolding = Unfolding(one.layer.form, shape, rows_per_sample(shape, len(self.samples.fit)))
+        shape = one.layer.shape if space is None else space.shape
+        unfolding = Unfolding(one.layer.form, one.layer.shape, rows_per_sample(shape, len(self.samples.fit)))
         blocks: dict[bool, list[Block]] = {True: [], False: []}
         relu = cut.relu
 
@@ -172,7 +189,8 @@ class _Walk:
                     relu = False
 
             def inputs() -> Array:
-                return unfolding.rows(self.fronts[1].value(cut.x, batch), fed.counted, fed.samples)
+                rows = unfolding.rows(self.fronts[1].value(cut.x, batch), fed.counted, fed.samples)
+                return rows if space is None else space.seen(rows)
 
             if not self.fits[batch]:
                 inputs = functools.cache(inputs)  # judged by many times, and few

@@ -23,6 +23,7 @@ from onnx_lowrank.chain import Chain, Fit
 from onnx_lowrank.decomposition import Decomposition, Factorization, Rank
 from onnx_lowrank.layer import Array, Layer
 from onnx_lowrank.multilinear import refine
+from onnx_lowrank.row_space import RowSpace
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 LARGE = 2048
@@ -53,6 +54,10 @@ class Chosen:
         """Shapes of the chain."""
         shape = self.layer.shape
         return Chain.unfactored(shape) if self.method is None else self.method.chain(shape, self.rank)
+
+    def in_space(self, space: RowSpace) -> Chosen:
+        """The same of the matrix that stands for the layer in the row space of its weight."""
+        return replace(self, layer=replace(self.layer, shape=space.shape, read=lambda: space.weight))
 
     def factors(self, weight: Array, gram: Array | None = None) -> tuple[Array, ...]:
         """The chain nearest to `weight`, in the metric of `gram` where it is given."""

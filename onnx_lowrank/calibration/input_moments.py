@@ -1,4 +1,7 @@
-"""Moments of what the layers of a network read, from one walk: one set per tensor, not per layer."""
+"""Moments of what the layers of a network read, from one walk: one set per tensor, not per layer.
+
+Those in the row space of a weight are that layer's own.
+"""
 
 from __future__ import annotations
 
@@ -37,13 +40,16 @@ class InputMoments:
             fitting: Batches to take them from, and what is in them.
         """
         cut = self._path.cuts[number]
-        layer = self._stops[cut.key].layer
-        unfolding = Unfolding(layer.form, layer.shape, rows_per_sample(layer.shape, self._samples))
-        key = (cut.x, unfolding.reading)
+        stop = self._stops[cut.key]
+        layer, space = stop.layer, stop.space
+        shape = layer.shape if space is None else space.shape
+        unfolding = Unfolding(layer.form, layer.shape, rows_per_sample(shape, self._samples))
+        key = (cut.x, unfolding.reading if space is None else layer.key)
         if key not in self._held:
-            sums = Accumulator(layer.shape.groups, layer.shape.inputs)
+            sums = Accumulator(shape.groups, shape.inputs)
             for batch, fed in fitting.items():
-                sums.add(unfolding.rows(front.value(cut.x, batch), fed.counted, fed.samples))
+                rows = unfolding.rows(front.value(cut.x, batch), fed.counted, fed.samples)
+                sums.add(rows if space is None else space.seen(rows))
             self._held[key] = sums.moments()
         moments = self._held[key]
         read = {later.x for later in self._path.cuts[number + 1 :]}
@@ -66,7 +72,7 @@ def grams(
     Raises:
         CannotCutError: if something would have to be carried along that is no array.
     """
-    found = stops(graph, layers)
+    found = {key: stop for key, stop in stops(graph, layers).items() if not stop.in_row_space}
     path = route(graph, {key: stop.operand for key, stop in found.items()})
     front, moments = Front(folder, target), InputMoments(found, path, len(samples.fit))
     fitting: dict[int, Fed] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from onnx import NodeProto
@@ -15,6 +16,7 @@ from onnx_lowrank.graph.keys import keyed_nodes
 from onnx_lowrank.graph.model import Graph
 from onnx_lowrank.graph.scope import Scope
 from onnx_lowrank.layer import Array, Layer
+from onnx_lowrank.row_space import RowSpace
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,16 +27,23 @@ class Stop:
         layer: It.
         operand: Position of the activation among its node's inputs.
         slot: Where its bias lives; None: it has none, and none can be given to it without a new operator.
+        in_row_space: Whether moments are those of the row space of its weight: all would not fit into memory.
     """
 
     layer: Layer
     operand: int
     slot: BiasSlot | None
+    in_row_space: bool = False
 
     @property
     def centred(self) -> bool:
         """Whether the bias takes up means, so that moments about them count."""
         return self.slot is not None
+
+    @cached_property
+    def space(self) -> RowSpace | None:
+        """The row space that moments are taken in; None: of all inputs."""
+        return RowSpace.of(self.layer.read()) if self.in_row_space else None
 
     def corrected(self, chain: Chain, factors: Iterable[Array], mean: Array) -> Fit:
         """Factors, and what they lose of the mean input given back by the bias: (M - M') E[c].
@@ -42,16 +51,18 @@ class Stop:
         Args:
             chain: Their chain.
             factors: Stage weights.
-            mean: E[c], (groups, n).
+            mean: E[c], (groups, n), or in the row space.
         """
         arrays, shape = tuple(factors), self.layer.shape
         if self.slot is None:
             return Fit(arrays)
         lost = (self.layer.read().astype(np.float64) - chain.dense(arrays)).reshape(shape.groups, shape.out, -1)
+        if (space := self.space) is not None:
+            lost = space.seen(lost.swapaxes(0, 1)).swapaxes(0, 1)
         return Fit(arrays, np.einsum("gsn,gn->gs", lost, mean).reshape(-1))
 
 
-# Moments of one layer; a layer with more inputs than that stays data-free.
+# Moments of one layer; those of a layer with more inputs than that are taken in the row space of its weight.
 MOST_BYTES = 1 << 30
 
 
@@ -83,13 +94,14 @@ def _stop(layer: Layer, nodes: Mapping[str, Place]) -> Stop | str:
         return f"its weight is used by {len(layer.nodes)} nodes"
     if key not in nodes:
         return "it is in the body of an If, Loop or Scan"
-    needed = 8 * shape.groups * shape.inputs**2
-    if needed > MOST_BYTES:
-        return f"{shape.inputs} inputs: moments would take {needed / 1e9:.1f} GB"
+    size = min(shape.inputs, shape.out)
+    if (needed := 8 * shape.groups * size**2) > MOST_BYTES:
+        return f"{shape.inputs} inputs, {shape.out} outputs: moments would take {needed / 1e9:.1f} GB"
     use = applied(*nodes[key])
     if isinstance(use, str):
         return use
     slot = bias_slot(*nodes[key], use)
     if slot is None and use.form.bias:  # it would be fitted as if it came from the input
         return "its bias is not one constant value per output"
-    return Stop(layer, use.activation_operand, slot)
+    large = 8 * shape.groups * shape.inputs**2 > MOST_BYTES
+    return Stop(layer, use.activation_operand, slot, in_row_space=large)

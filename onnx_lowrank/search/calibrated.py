@@ -109,7 +109,8 @@ class CalibratedTable:
                     advance(number, len(path.cuts))
                     gram = moments.shrunk(centred=self.stops[cut.key].centred)
                     made[layer.key] = self._row(layer, gram)
-                    self.energies[layer.key] = output_energy(layer.read(), gram)
+                    space = self.stops[cut.key].space
+                    self.energies[layer.key] = output_energy(layer.read() if space is None else space.weight, gram)
                 self.means[layer.key], self.positions[layer.key] = moments.mean, moments.count
                 with self.phases.phase("sensitivity"):
                     made[layer.key] = self._probed(made[layer.key], probes, number)

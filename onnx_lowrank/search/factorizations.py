@@ -16,6 +16,7 @@ import numpy as np
 
 from onnx_lowrank.decomposition import Decomposition, Factorization, Rank
 from onnx_lowrank.layer import Array, Layer
+from onnx_lowrank.row_space import factorized
 
 logger = logging.getLogger(__name__)
 Key = tuple[str, str]
@@ -72,7 +73,7 @@ class FactorizationCache(Mapping[Key, Factorization]):
         key = (layer.key, method.name)
         with contextlib.suppress(KeyError):
             return self[key]
-        made = method.factorize(layer.read() if weight is None else weight, gram)
+        made = factorized(method, layer.read() if weight is None else weight, gram)
         for rank in ranks if method.by_rank else ():
             made.error(rank)
         if gram is not None:

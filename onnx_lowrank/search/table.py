@@ -11,7 +11,7 @@ from threadpoolctl import threadpool_limits
 from onnx_lowrank.candidates import Candidate, Grid, candidate, keep
 from onnx_lowrank.decomposition import Decomposition, Rank
 from onnx_lowrank.latency.chains import Job, Pricer
-from onnx_lowrank.layer import Array, Layer
+from onnx_lowrank.layer import Array, Layer, LayerShape
 from onnx_lowrank.search.factorizations import FactorizationCache
 
 Progress = Callable[[int, int], None]
@@ -110,7 +110,7 @@ def row_of(
         gram: Second moment of the layer's unfolded input, see `Decomposition.factorize`.
         workers: Methods that are tried at once.
     """
-    refusals = {m.name: sentence for m in methods if (sentence := m.refusal(layer.shape)) is not None}
+    refusals = {m.name: sentence for m in methods if (sentence := _refusal(m, layer.shape, gram)) is not None}
     accepted = [m for m in methods if m.name not in refusals]
     if not accepted:
         return Row(layer, (keep(layer),), refusals)
@@ -133,6 +133,13 @@ def row_of(
     options = [option for each in found for option in each]
     chosen = options if exact_only else grid.worth_timing(options)
     return Row(layer, (keep(layer), *chosen), refusals)
+
+
+def _refusal(method: Decomposition, shape: LayerShape, gram: Array | None) -> str | None:
+    """Why a format is not tried on a layer, or None."""
+    if gram is not None and gram.shape[-1] != shape.inputs and not method.whole_rows:
+        return f"{shape} has {shape.inputs} inputs: their moments do not fit into memory, and only svd needs fewer"
+    return method.refusal(shape)
 
 
 def price(

@@ -19,6 +19,7 @@ class Svd(TwoStage):
     """Channel SVD, kernel in the first stage: kxk C->r, 1x1 r->S."""
 
     name: ClassVar[str] = "svd"
+    whole_rows: ClassVar[bool] = True
 
     def first_axes(self, kernel: Shape) -> Shape:
         """All of them."""

@@ -186,8 +186,8 @@ class TwoStage(Decomposition):
             return UnfoldingCut(spectrum(matrix), *stages)
         index = np.arange(math.prod(weight.shape[2:])).reshape(weight.shape[2:])
         index = index.transpose([axis - 2 for axis in order[2:]]).reshape(math.prod(last), -1)
-        limit = max(1, self._worthwhile(shape))
-        return CalibratedCut(matrix, arrange(weight, moment, index), min(limit, *(most or (limit,))), *stages)
+        highest = min(most[0] if most else max(1, self._worthwhile(shape)), self.exact_rank(shape)[0])
+        return CalibratedCut(matrix, arrange(weight, moment, index), highest, *stages)
 
     def exact_rank(self, shape: LayerShape) -> Rank:
         """The smaller side of the unfolding."""

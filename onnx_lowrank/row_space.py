@@ -1,0 +1,107 @@
+"""Layers with more inputs than there is memory for moments of, in the coordinates of what their weight sees.
+
+Only the part of an input c in the row space of M (S, n) reaches the outputs. With M M^T = U L U^T and S < n,
+
+    Q = M^T U L^(-1/2)  (n, S),    M = (M Q) Q^T,    M Q = U L^(1/2),    Q^T c = L^(-1/2) U^T (M c):
+
+the layer is the matrix M Q on inputs Q^T c, whose second moment has S^2 entries instead of n^2; Q is never formed. A
+chain whose first stage B reads all inputs at once loses nothing by it: the best B lies in that space (the left factor
+of a whitened SVD is a basis of outputs, the right one its product with M). A refit is confined to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from onnx_lowrank.chain import Chain
+from onnx_lowrank.decomposition import Decomposition, Factorization, Rank
+from onnx_lowrank.layer import Array, LayerShape
+
+_SMALLEST = 1e-8  # of L, relative to the largest: below it directions carry rounding only
+
+
+@dataclass(frozen=True, eq=False)
+class RowSpace:
+    """The row space of every group of one weight.
+
+    Args:
+        matrix: M, (g, S, n).
+        turn: U L^(-1/2), (g, S, S); zero columns stand for what M does not see.
+        weight: M Q = U L^(1/2), a canonical weight without a kernel, (g, S, S).
+    """
+
+    matrix: Array
+    turn: Array
+    weight: Array
+
+    @staticmethod
+    def of(weight: Array) -> RowSpace:
+        """That of a canonical weight (g, S, C, *kernel)."""
+        matrix = weight.reshape(*weight.shape[:2], -1)
+        values, basis = np.linalg.eigh(matrix.astype(np.float64) @ matrix.swapaxes(1, 2))
+        seen = values > _SMALLEST * values.max(initial=0.0)
+        roots = np.sqrt(np.where(seen, values, 0.0))
+        inverse = np.divide(1.0, roots, out=np.zeros_like(roots), where=seen)
+        return RowSpace(matrix, basis * inverse[:, None, :], basis * roots[:, None, :])
+
+    @property
+    def shape(self) -> LayerShape:
+        """Of the matrix that stands for the layer."""
+        groups, out, _ = self.weight.shape
+        return LayerShape(groups, out, out)
+
+    def seen(self, rows: Array) -> Array:
+        """Q^T c of every row, (rows, g, n) -> (rows, g, S), in the rows' own precision."""
+        outputs = np.matmul(rows.swapaxes(0, 1), self.matrix.astype(rows.dtype, copy=False).swapaxes(1, 2))
+        return np.matmul(outputs, self.turn.astype(rows.dtype)).swapaxes(0, 1)
+
+    def widened(self, factors: Sequence[Array], chain: Chain) -> tuple[Array, ...]:
+        """Factors of the matrix as those of the layer: B Q^T in the place of B.
+
+        Args:
+            factors: Stage weights of the chain of the same rank on `shape`.
+            chain: The layer's.
+        """
+        first, *rest = factors
+        groups, out, _ = self.turn.shape
+        wide = (first.reshape(groups, -1, out) @ self.turn.swapaxes(1, 2)) @ self.matrix
+        return tuple(array.reshape(stage.weight) for array, stage in zip((wide, *rest), chain.stages, strict=True))
+
+
+class InRowSpace(Factorization):
+    """A factorization of the matrix that stands for a layer, as one of the layer.
+
+    Args:
+        method: The format.
+        weight: The layer's, (g, S, C, *kernel).
+        gram: Second moment of Q^T c, (g, S, S).
+    """
+
+    def __init__(self, method: Decomposition, weight: Array, gram: Array) -> None:
+        groups, out, in_, *kernel = weight.shape
+        self._method, self._shape = method, LayerShape(groups, out, in_, tuple(kernel))
+        self._space = RowSpace.of(weight)
+        ranks = method.ranks(self._shape, 1)
+        self._inner = method.factorize(self._space.weight, gram, most=ranks[-1] if ranks else None)
+
+    def error(self, rank: Rank) -> float:
+        """That of the matrix."""
+        return self._inner.error(rank)
+
+    def spectral_error(self, rank: Rank) -> float:
+        """That of the matrix."""
+        return self._inner.spectral_error(rank)
+
+    def factors(self, rank: Rank) -> tuple[Array, ...]:
+        """Those of the matrix, widened."""
+        return self._space.widened(self._inner.factors(rank), self._method.chain(self._shape, rank))
+
+
+def factorized(method: Decomposition, weight: Array, gram: Array | None) -> Factorization:
+    """A weight decomposed in the metric of `gram`, which may be that of its row space."""
+    if gram is None or gram.shape[-1] == weight[0, 0].size:
+        return method.factorize(weight, gram)
+    return InRowSpace(method, weight, gram)

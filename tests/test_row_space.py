@@ -1,0 +1,100 @@
+"""Layers whose moments do not fit into memory: calibrated and refitted in the row space of their weight, no worse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from builders import run_model, worst_error
+from formats import EVERY as METHODS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from roads import network, on_one_thread, ride
+from test_refit import halved, refitted, samples
+from walks import residual
+
+from onnx_lowrank.calibration import stops
+from onnx_lowrank.chain import Chain
+from onnx_lowrank.goals import KeepMacs
+from onnx_lowrank.graph.layers import layers
+from onnx_lowrank.graph.model import Graph
+from onnx_lowrank.layer import Array, LayerShape
+from onnx_lowrank.row_space import RowSpace
+from onnx_lowrank.row_space import factorized as decomposed
+
+SVD = METHODS["svd"]
+SHAPES = st.sampled_from(
+    [LayerShape(1, 5, 16), LayerShape(2, 4, 9), LayerShape(1, 6, 3, (3, 3)), LayerShape(2, 3, 4, (3,))]
+)
+
+
+def moment(shape: LayerShape, rng: np.random.Generator) -> tuple[Array, Array]:
+    """Rows (300, g, n) of inputs that depend on each other, and their second moment."""
+    n = shape.inputs
+    mixed = rng.standard_normal((shape.groups, n, n)) * np.geomspace(1, 0.05, n)[:, None]
+    rows = np.einsum("rgn,gnm->rgm", rng.standard_normal((300, shape.groups, n)), mixed)
+    return rows, np.einsum("rgn,rgm->gnm", rows, rows) / len(rows)
+
+
+@settings(deadline=None, max_examples=40)
+@given(SHAPES, st.integers(0, 20))
+def test_calibrated_in_the_row_space_is_calibrated(shape: LayerShape, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    weight = rng.standard_normal(shape.weight)
+    rows, gram = moment(shape, rng)
+    space = RowSpace.of(weight)
+    seen = space.seen(rows)
+    inside = decomposed(SVD, weight, np.einsum("rgn,rgm->gnm", seen, seen) / len(seen))
+    whole = decomposed(SVD, weight, gram)
+    matrix = weight.reshape(shape.groups, shape.out, -1)
+    total = float(np.einsum("gsn,gnm,gsm->", matrix, gram, matrix))
+    for rank in range(1, SVD.ranks(shape, 1)[-1][0] + 1):
+        chain = SVD.chain(shape, (rank,))
+        lost = (chain.dense(inside.factors((rank,))) - weight).reshape(matrix.shape)
+        error = np.sqrt(max(float(np.einsum("gsn,gnm,gsm->", lost, gram, lost)) / total, 0.0))
+        assert inside.error((rank,)) == pytest.approx(whole.error((rank,)), abs=1e-5)
+        assert error == pytest.approx(inside.error((rank,)), abs=1e-5)
+
+
+@settings(deadline=None, max_examples=20)
+@given(SHAPES, st.integers(0, 20), st.integers(0, 3))
+def test_nothing_that_reaches_the_outputs_is_outside(shape: LayerShape, seed: int, dependent: int) -> None:
+    rng = np.random.default_rng(seed)
+    weight = rng.standard_normal(shape.weight)
+    weight[:, :dependent] = weight[:, -1:]  # outputs that are alike
+    rows, _ = moment(shape, rng)
+    space, matrix = RowSpace.of(weight), weight.reshape(shape.groups, shape.out, -1)
+    outputs = np.einsum("gsn,rgn->rgs", matrix, rows)
+    np.testing.assert_allclose(np.einsum("gsm,rgm->rgs", space.weight, space.seen(rows)), outputs, atol=1e-6)
+    (wide,) = space.widened((space.weight,), Chain.unfactored(shape))
+    np.testing.assert_allclose(wide, weight, atol=1e-7)
+
+
+def test_refit_in_the_row_space_repairs_what_was_lost_upstream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    proto, given_samples = residual(), samples(96, "image", (3, 8, 8))
+    chosen = [halved(layer) for layer in layers(Graph(proto))[0]]
+    feeds = {"image": np.random.default_rng(9).standard_normal((64, 3, 8, 8)).astype(np.float32)}
+    monkeypatch.setattr(stops, "MOST_BYTES", 8 * 20**2)  # 3x3 convolutions have 108 inputs
+    errors: dict[bool, float] = {}
+    for regress in (True, False):
+        made, found = refitted(proto, chosen, given_samples, tmp_path, regress=regress)
+        assert {"one/a", "one/b", "two/a"} <= found.keys()
+        errors[regress] = worst_error(run_model(proto, feeds), run_model(made, feeds))
+    assert errors[True] <= errors[False]
+
+
+def test_a_network_with_layers_too_large_for_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    proto = network(32)
+    images = np.random.default_rng(0).standard_normal((96, 3, 16, 16)).astype(np.float32)
+    np.savez(tmp_path / "c.npz", image=images)
+    (tmp_path / "free").mkdir()
+    free = ride(proto, tmp_path / "free", on_one_thread(KeepMacs(0.6)))
+    monkeypatch.setattr(stops, "MOST_BYTES", 8 * 64**2)
+    made = ride(proto, tmp_path, on_one_thread(KeepMacs(0.6), calibration=tmp_path / "c.npz"))
+    factorized = [row for row in made.report.layers if row.decision == "factorized"]
+    assert all("not calibrated" not in row.reason for row in factorized)
+    assert "svd" in {row.method for row in factorized}
+    feeds = {"image": np.random.default_rng(9).standard_normal((64, 3, 16, 16)).astype(np.float32)}
+    truth = run_model(proto, feeds)
+    assert worst_error(truth, run_model(made.result, feeds)) < worst_error(truth, run_model(free.result, feeds))
