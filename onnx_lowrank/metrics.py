@@ -110,10 +110,10 @@ class UserMetric:
     function: Callable[..., object]
 
     def __call__(self, outputs: Outputs, labels: Array) -> Scores:
-        """(samples,) scores.
+        """(samples,) scores; NaN where they are not finite because outputs are not.
 
         Raises:
-            InputError: if it fails, or returns anything but one finite number per sample.
+            InputError: if it fails, or returns anything but one number per sample, finite where outputs are.
         """
         try:
             scores = np.asarray(self.function(dict(outputs), labels))
@@ -123,11 +123,15 @@ class UserMetric:
         if scores.shape != (len(labels),) or scores.dtype.kind not in "fiub":
             found = f"scores {scores.dtype} {scores.shape} of --metric {self.name} for {len(labels)} samples"
             raise InputError(found, f"numbers ({len(labels)},)", "return one per sample")
-        if not np.isfinite(scores).all():
+        if not np.isfinite(scores).all() and all(map(_finite, outputs.values())):
             count = int(np.count_nonzero(~np.isfinite(scores)))
             found = f"{count} NaN or infinite scores of --metric {self.name}"
             raise InputError(found, "finite numbers", "mend the function")
-        return scores.astype(np.float64)
+        return np.where(np.isfinite(scores), scores.astype(np.float64), np.nan)
+
+
+def _finite(output: Array) -> bool:
+    return output.dtype.kind != "f" or bool(np.isfinite(output).all())
 
 
 def estimate(scores: Scores, seed: int, sources: Sources | None = None) -> Estimate:

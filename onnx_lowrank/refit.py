@@ -170,8 +170,8 @@ class _Walk:
 
     def _data(self, cut: Cut, one: Chosen, front: Sequence[str], space: RowSpace | None) -> LayerData:
         """Inputs in the compressed and wanted outputs from the original network; the original moves on."""
-        shape = one.layer.shape if space is None else space.shape
-        unfolding = Unfolding(one.layer.form, one.layer.shape, rows_per_sample(shape, len(self.samples.fit)))
+        shape, seen = one.layer.shape, None if space is None else space.shape.inputs
+        unfolding = Unfolding(one.layer.form, shape, rows_per_sample(shape, len(self.samples.fit), seen))
         blocks: dict[bool, list[Block]] = {True: [], False: []}
         relu = cut.relu
 

@@ -66,21 +66,21 @@ class Chosen:
             return (weight,)
         return tuple(self.method.factorize(weight, gram, most=self.rank).factors(self.rank))
 
-    def started(self, weight: Array, gram: Array) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-        """The chains nearest to the layer's own weight, without samples and in the metric of `gram`.
+    def started(self, weight: Array, gram: Array) -> tuple[Callable[[], tuple[Array, ...]], tuple[Array, ...]]:
+        """The chains nearest to the layer's own weight: without samples (made when called) and by `gram`.
 
         Args:
             weight: The layer's, (groups, out, n).
             gram: (groups, n, n).
         """
         if self.method is None:
-            return self.factors(weight), self.factors(weight)
+            return lambda: self.factors(weight), self.factors(weight)
         canonical = weight.reshape(self.layer.shape.weight)
         known = self.known.get((self.layer.key, self.method.name)) if self.method.by_rank else None
         made = None if known is None else known.in_metric(gram, self.rank)
         made = made or self.method.factorize(canonical, gram, most=self.rank)
         calibrated = tuple(made.factors(self.rank))
-        return made.data_free(self.rank) or self.factors(weight), calibrated
+        return lambda: made.data_free(self.rank) or self.factors(weight), calibrated
 
     def refined(self, factors: Sequence[Array], weight: Array, gram: Array, sweeps: int) -> tuple[Array, ...]:
         """Better factors, by at most `sweeps` sweeps of least squares; one factor alone is the weight itself."""
@@ -167,7 +167,7 @@ def fit_chain(one: Chosen, data: LayerData, inside: Array | None, *, regress: bo
         if one.method is not None:
             refined = one.refined(start, wanted, ridge.gram, SWEEPS)
             found.append(tried(f"{what}, refined", refined, moments))
-            found.append(corrected := tried("data-free", free, moments))
+            found.append(corrected := tried("data-free", free(), moments))
             if centred:
                 error = data.error(corrected.matrix, bias)
                 found.append(replace(corrected, what="data-free, the bias as it was", bias=bias, error=error))

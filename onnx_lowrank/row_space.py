@@ -5,8 +5,9 @@ Only the part of an input c in the row space of M (S, n) reaches the outputs. Wi
     Q = M^T U L^(-1/2)  (n, S),    M = (M Q) Q^T,    M Q = U L^(1/2),    Q^T c = L^(-1/2) U^T (M c):
 
 the layer is the matrix M Q on inputs Q^T c, whose second moment has S^2 entries instead of n^2; Q is never formed. A
-chain whose first stage B reads all inputs at once loses nothing by it: the best B lies in that space (the left factor
-of a whitened SVD is a basis of outputs, the right one its product with M). A refit is confined to it.
+chain
+whose first stage B reads all inputs at once loses nothing by it: the best B lies in that space (the left factor of a
+whitened SVD is a basis of outputs, the right one its product with M). A refit is confined to it.
 """
 
 from __future__ import annotations
@@ -20,17 +21,19 @@ from onnx_lowrank.chain import Chain
 from onnx_lowrank.decomposition import Decomposition, Factorization, Rank
 from onnx_lowrank.layer import Array, LayerShape
 
-_SMALLEST = 1e-8  # of L, relative to the largest: below it directions carry rounding only
+_SMALLEST = 16 * np.finfo(np.float64).eps  # of L per output, relative to the largest: below it there is rounding only
 
 
 @dataclass(frozen=True, eq=False)
 class RowSpace:
     """The row space of every group of one weight.
 
+    Outputs are scaled to one length before M M^T is decomposed: weak ones span the space as strong ones do.
+
     Args:
         matrix: M, (g, S, n).
-        turn: U L^(-1/2), (g, S, S); zero columns stand for what M does not see.
-        weight: M Q = U L^(1/2), a canonical weight without a kernel, (g, S, S).
+        turn: (g, S, S), Q = M^T turn; zero columns stand for what M does not see.
+        weight: M Q, a canonical weight without a kernel, (g, S, S).
     """
 
     matrix: Array
@@ -41,11 +44,15 @@ class RowSpace:
     def of(weight: Array) -> RowSpace:
         """That of a canonical weight (g, S, C, *kernel)."""
         matrix = weight.reshape(*weight.shape[:2], -1)
-        values, basis = np.linalg.eigh(matrix.astype(np.float64) @ matrix.swapaxes(1, 2))
-        seen = values > _SMALLEST * values.max(initial=0.0)
+        products = matrix.astype(np.float64) @ matrix.swapaxes(1, 2)
+        lengths = np.sqrt(np.einsum("gss->gs", products))
+        scale = np.divide(1.0, lengths, out=np.zeros_like(lengths), where=lengths > 0)
+        values, basis = np.linalg.eigh(products * scale[:, :, None] * scale[:, None, :])
+        seen = values > _SMALLEST * products.shape[1] * values.max(axis=1, keepdims=True, initial=0.0)
         roots = np.sqrt(np.where(seen, values, 0.0))
         inverse = np.divide(1.0, roots, out=np.zeros_like(roots), where=seen)
-        return RowSpace(matrix, basis * inverse[:, None, :], basis * roots[:, None, :])
+        turn, weight = scale[:, :, None] * basis, lengths[:, :, None] * basis
+        return RowSpace(matrix, turn * inverse[:, None, :], weight * roots[:, None, :])
 
     @property
     def shape(self) -> LayerShape:
@@ -57,6 +64,10 @@ class RowSpace:
         """Q^T c of every row, (rows, g, n) -> (rows, g, S), in the rows' own precision."""
         outputs = np.matmul(rows.swapaxes(0, 1), self.matrix.astype(rows.dtype, copy=False).swapaxes(1, 2))
         return np.matmul(outputs, self.turn.astype(rows.dtype)).swapaxes(0, 1)
+
+    def mean(self, seen: Array) -> Array:
+        """The part of a mean input that M sees, (g, n), from Q^T E[c], (g, S)."""
+        return np.einsum("gs,gsn->gn", np.einsum("gst,gt->gs", self.turn, seen), self.matrix)
 
     def widened(self, factors: Sequence[Array], chain: Chain) -> tuple[Array, ...]:
         """Factors of the matrix as those of the layer: B Q^T in the place of B.

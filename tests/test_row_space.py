@@ -57,6 +57,34 @@ def test_calibrated_in_the_row_space_is_calibrated(shape: LayerShape, seed: int)
         assert error == pytest.approx(inside.error((rank,)), abs=1e-5)
 
 
+def test_weak_groups_and_outputs_count() -> None:
+    rng, shape = np.random.default_rng(0), LayerShape(2, 4, 12)
+    weight = rng.standard_normal(shape.weight)
+    weight[1] *= 5e-5
+    weight[0, 2] *= 3e-5
+    rows, _ = moment(shape, rng)
+    rows[:, 1] *= 1e5
+    gram = np.einsum("rgn,rgm->gnm", rows, rows) / len(rows)
+    space = RowSpace.of(weight)
+    (wide,) = space.widened((space.weight,), Chain.unfactored(shape))
+    np.testing.assert_allclose(wide, weight, rtol=1e-6)
+    np.testing.assert_allclose(
+        space.turn.swapaxes(1, 2) @ weight @ weight.swapaxes(1, 2) @ space.turn, 2 * [np.eye(4)], atol=1e-6
+    )
+    seen = space.seen(rows)
+    inside = decomposed(SVD, weight, np.einsum("rgn,rgm->gnm", seen, seen) / len(seen))
+    lost = SVD.chain(shape, (2,)).dense(inside.factors((2,))) - weight
+    energies = [float(np.einsum("gsn,gnm,gsm->", m, gram, m)) for m in (lost, weight)]
+    assert inside.error((2,)) == pytest.approx(
+        np.sqrt(energies[0] / energies[1]), rel=1e-3
+    )  # the ridge is that of the stronger group
+    assert inside.error((2,)) == pytest.approx(SVD.factorize(weight, gram).error((2,)), rel=1e-3)
+    mean = rows.mean(axis=0)
+    np.testing.assert_allclose(
+        np.einsum("gsn,gn->gs", lost, space.mean(seen.mean(axis=0))), np.einsum("gsn,gn->gs", lost, mean), rtol=1e-6
+    )
+
+
 @settings(deadline=None, max_examples=20)
 @given(SHAPES, st.integers(0, 20), st.integers(0, 3))
 def test_nothing_that_reaches_the_outputs_is_outside(shape: LayerShape, seed: int, dependent: int) -> None:

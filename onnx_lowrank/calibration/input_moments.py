@@ -43,7 +43,7 @@ class InputMoments:
         stop = self._stops[cut.key]
         layer, space = stop.layer, stop.space
         shape = layer.shape if space is None else space.shape
-        unfolding = Unfolding(layer.form, layer.shape, rows_per_sample(shape, self._samples))
+        unfolding = Unfolding(layer.form, layer.shape, rows_per_sample(layer.shape, self._samples, shape.inputs))
         key = (cut.x, unfolding.reading if space is None else layer.key)
         if key not in self._held:
             sums = Accumulator(shape.groups, shape.inputs)

@@ -57,9 +57,8 @@ class Stop:
         if self.slot is None:
             return Fit(arrays)
         lost = (self.layer.read().astype(np.float64) - chain.dense(arrays)).reshape(shape.groups, shape.out, -1)
-        if (space := self.space) is not None:
-            lost = space.seen(lost.swapaxes(0, 1)).swapaxes(0, 1)
-        return Fit(arrays, np.einsum("gsn,gn->gs", lost, mean).reshape(-1))
+        inputs = mean if self.space is None else self.space.mean(mean)
+        return Fit(arrays, np.einsum("gsn,gn->gs", lost, inputs).reshape(-1))
 
 
 # Moments of one layer; those of a layer with more inputs than that are taken in the row space of its weight.

@@ -27,10 +27,10 @@ WORK = 4e11
 MOST_ROWS = 40_000
 
 
-def rows_per_sample(shape: LayerShape, samples: int) -> int:
-    """Positions to take of each of `samples` for a layer."""
-    n = shape.inputs
-    rows = max(ROWS_PER_INPUT * n, min(WORK / (shape.groups * n**2), MOST_ROWS))
+def rows_per_sample(shape: LayerShape, samples: int, seen: int | None = None) -> int:
+    """Positions to take of each of `samples` for a layer, of whose inputs `seen` numbers are kept; None: all."""
+    n = seen or shape.inputs
+    rows = max(ROWS_PER_INPUT * n, min(WORK / (shape.groups * n * shape.inputs), MOST_ROWS))
     return math.ceil(rows / max(samples, 1))
 
 
