@@ -222,17 +222,23 @@ def staging(out: Path) -> Generator[Path]:
     Raises:
         InputError: if it cannot be made.
     """
+    folder: Path | None = None
     try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.absolute().parent))
-    except OSError as error:
-        raise InputError(
-            f"{out.absolute().parent} ({error.strerror})", "a writable folder", "choose another"
-        ) from error
-    try:
+        with _undisturbed():  # a folder that nobody knows of yet would stay
+            folder = _folder_beside(out)
         yield folder
     finally:
         with _undisturbed():
-            shutil.rmtree(folder, ignore_errors=True)
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _folder_beside(out: Path) -> Path:
+    parent = out.absolute().parent
+    try:
+        return Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=parent))
+    except OSError as error:
+        raise InputError(f"{parent} ({error.strerror})", "a writable folder", "choose another") from error
 
 
 def publish(finished: Path, out: Path) -> None:
