@@ -22,11 +22,10 @@ from onnx_lowrank.calibration.moments import Accumulator, CrossAccumulator, Mome
 from onnx_lowrank.chain import Chain, Fit
 from onnx_lowrank.decomposition import Decomposition, Factorization, Rank
 from onnx_lowrank.layer import Array, Layer
-from onnx_lowrank.multilinear import refine
+from onnx_lowrank.multilinear import refine, working
 from onnx_lowrank.row_space import RowSpace
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-LARGE = 2048
 SWEEPS = 4
 # Relaxed targets are fitted again while that lowers the error by this share, starting from the factors there are.
 RELAXATIONS, RELAXED_SWEEPS = 3, 2
@@ -87,9 +86,7 @@ class Chosen:
         weight = weight.reshape(self.layer.shape.weight)
         if self.method is None:
             return (weight,)
-        # Large ones in float32: twice as fast, and the factors are judged on samples anyway.
-        metric = gram.astype(np.float32) if gram.shape[-1] >= LARGE else gram
-        return refine(self.chain, factors, weight, metric, sweeps=sweeps)
+        return refine(self.chain, factors, weight, working(gram), sweeps=sweeps)
 
 
 @dataclass(frozen=True, eq=False)

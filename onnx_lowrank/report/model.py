@@ -152,7 +152,7 @@ class Sampling:
         judged: Others, that fits were chosen by and losses probed on.
         held_out: Others, that are only reported on.
         sources: How many photographs, documents or speakers they are of; None where the samples do not say. None of
-            them is in two parts, unless there is only one.
+            them is in two parts, unless a note says so.
         positions: Node -> rows (output pixels, tokens) its moments were taken from, for every calibrated layer.
         seed: What parts and positions are drawn with; the same in every run.
     """

@@ -26,10 +26,9 @@ from onnx_lowrank.contraction import contract
 from onnx_lowrank.decomposition import Decomposition, Factorization, Rank
 from onnx_lowrank.layer import Array, LayerShape
 from onnx_lowrank.linalg import NestedFit
-from onnx_lowrank.multilinear import refine
+from onnx_lowrank.multilinear import refine, working
 from onnx_lowrank.passes.decompose.whitened import usable
 
-_LARGE = 2048  # second moments from here on are kept and used in float32
 _JITTER = {np.dtype(np.float32): 1e-7, np.dtype(np.float64): 1e-12}
 
 
@@ -58,8 +57,7 @@ class Fitted(Factorization):
         self._matrix = self.weight.reshape(groups, out, -1)
         metric = usable(gram)
         self._product = self._matrix if metric is None else self._matrix @ metric
-        large = metric is not None and metric.shape[1] >= _LARGE
-        self._gram = metric.astype(np.float32) if metric is not None and large else metric
+        self._gram = None if metric is None else working(metric)
         energy = self._product @ self._matrix.swapaxes(1, 2)
         self._total = float(np.trace(energy, axis1=1, axis2=2).sum())
         self._largest = float(np.linalg.eigvalsh(energy).max(initial=0.0))
