@@ -12,6 +12,7 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
+from onnx_lowrank.calibration.affordable import affordable
 from onnx_lowrank.calibration.input_moments import grams
 from onnx_lowrank.calibration.samples import suited
 from onnx_lowrank.calibration.walk import CannotCutError
@@ -166,11 +167,12 @@ def _whitened(source: Source, ready: Prepared, settings: Settings, folder: Path)
     if source.samples is None or ready.racer.as_float32:
         return {}
     target = replace(settings.target, threads=0).exact()
-    samples = suited(source.samples, source.path, target)
     room = folder / "activations"
     room.mkdir()
     found: dict[str, Measures] = {}
     try:
+        samples = suited(source.samples, source.path, target)
+        samples = affordable(samples, source.graph, ready.survey.layers, target, room)
         for layer, gram in grams(source.graph, ready.survey.layers, samples, target, room):
             matrices = layer.read().astype(np.float64).reshape(layer.shape.groups, layer.shape.out, -1)
             pairs = zip(matrices, gram, strict=True)

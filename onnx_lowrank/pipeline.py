@@ -13,6 +13,7 @@ from collections.abc import Collection, Generator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from onnx_lowrank.calibration.affordable import affordable
 from onnx_lowrank.calibration.samples import suited
 from onnx_lowrank.catalogue import all_decompositions, split
 from onnx_lowrank.chain import Fit
@@ -185,6 +186,7 @@ def _fits(source: Source, a_plan: Plan, methods: Mapping[str, Decomposition], fo
     chosen = chosen_layers(layers(source.graph, check=False)[0], a_plan, methods)
     target, regress = Target().exact(), a_plan.fit == REFIT
     samples = suited(source.samples, source.path, target)
+    samples = affordable(samples, source.graph, [one.layer for one in chosen], target, folder)
     with Phases().phase("refit") as advance:
         return arrays(refit(source.graph, chosen, samples, target, folder, advance, regress=regress))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,21 +28,36 @@ class Samples:
         judge: Fits are chosen by these, and losses probed on them.
         largest_batch: Samples that may be run at once; see `suited`.
         padding: Where the samples are padding; None: nowhere.
+        unused: How many more there were.
     """
 
     fit: Dataset
     judge: Dataset
     largest_batch: int = LARGEST_BATCH
     padding: Padding | None = None
+    unused: int = 0
 
     def __len__(self) -> int:
         return len(self.fit) + len(self.judge)
+
+    def thinned(self, most: int) -> Samples:
+        """About `most` of them, at least a batch of each part, drawn by their content."""
+        share = most / len(self)
+        fit, judge = (_thinned(part, share) for part in (self.fit, self.judge))
+        return replace(self, fit=fit, judge=judge, unused=self.unused + len(self) - len(fit) - len(judge))
 
     def batches(self) -> Iterator[tuple[Feeds, bool, int]]:
         """Feeds, those for fitting first; whether they are; and how many samples are in them."""
         for part, fits in ((self.fit, True), (self.judge, False)):
             for batch in part.batches(min(_batch(part), self.largest_batch)):
                 yield batch.feeds, fits, len(batch.rows)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of how they are used."""
+        told = () if self.padding is None else (str(self.padding),)
+        left_out = f"{self.unused} samples are not used: the activations of more than {len(self)} have no room"
+        return (*told, left_out) if self.unused else told
 
     def counted(self, feeds: Feeds) -> Counted | None:
         """Which positions of a batch count, (samples, positions); None: all."""
@@ -69,7 +83,11 @@ def suited(samples: Samples, model: Path, target: Target) -> Samples:
     return replace(samples, largest_batch=batch, padding=found)
 
 
+def _thinned(data: Dataset, share: float) -> Dataset:
+    return data.thinned(max(int(share * len(data)), data.batch or 1)).in_whole_batches()
+
+
 def _batch(data: Dataset) -> int:
     """Samples per run: enough to keep the machine busy, few enough to hold their activations."""
-    elements = max(sum(math.prod(array.shape[1:]) for array in part.arrays.values()) for part in data.parts)
+    elements = max(part.elements for part in data.parts)
     return min(max(BATCH_ELEMENTS // max(elements, 1), 1), LARGEST_BATCH)

@@ -96,7 +96,7 @@ def compare(
         field = Field(source, ready, cache, rows, timer, table, scores, settings, folder, deadline, baseline)
         networks = compared_networks(field, goals, models, phases)
     told = () if source.held_out is None else source.held_out.notes
-    notes = (*ready.notes, *told, *(() if table is None else _padding(table)))
+    notes = (*ready.notes, *told, *(() if table is None else table.calibration.samples.notes))
     return Comparison(
         model=str(model),
         target=asdict(settings.target),
@@ -135,11 +135,6 @@ def _table(
     except CannotCutError as error:
         source, ready = without_samples(source, ready, error)
         return source, ready, *decomposed(source, ready, settings, cache, phases, memory, grid_of)
-
-
-def _padding(table: CalibratedTable) -> tuple[str, ...]:
-    found = table.calibration.samples.padding
-    return () if found is None else (str(found),)
 
 
 def _data(source: Source, table: CalibratedTable | None) -> str:

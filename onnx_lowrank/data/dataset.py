@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -36,6 +37,11 @@ class Part:
 
     def __len__(self) -> int:
         return len(next(iter(self.arrays.values())))
+
+    @property
+    def elements(self) -> int:
+        """Values that one sample feeds."""
+        return sum(math.prod(array.shape[1:]) for array in self.arrays.values())
 
     @property
     def named(self) -> dict[str, NDArray[np.generic]]:

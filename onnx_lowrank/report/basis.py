@@ -45,9 +45,8 @@ def data_notes(analysis: Analysis, labelled: Dataset | None) -> tuple[str, ...]:
         labelled: The labelled samples that are reported on.
     """
     table = analysis.bench.table
-    padding = None if table is None else table.calibration.samples.padding
     told = () if labelled is None else tuple(f"--eval: {note}" for note in labelled.notes)
-    return told if padding is None else (str(padding), *told)
+    return told if table is None else (*table.calibration.samples.notes, *told)
 
 
 def data_free_layers(analysis: Analysis) -> dict[str, str] | None:
