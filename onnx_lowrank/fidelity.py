@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 Rows = NDArray[np.float64]
 _TINY = 1e-12
+DISTRIBUTIONS = ("probabilities", "logits")
 _SUM_TOLERANCE = 1e-3
 
 
@@ -70,6 +71,7 @@ class _Output:
 
     kind: str
     floating: bool
+    floor: float
     elements: int = 0
     largest: float = 0.0
     absolute: float = 0.0
@@ -79,6 +81,8 @@ class _Output:
     dot: float = 0.0
     errors: list[float] = field(default_factory=list[float])
     kl: float = 0.0
+    logit_difference2: float = 0.0
+    logit_reference2: float = 0.0
     agreed: int = 0
     rows: int = 0
     mismatches: int = 0
@@ -113,7 +117,10 @@ class FidelityMeter:
             second = candidate[name]
             if not (isinstance(first, np.ndarray) and isinstance(second, np.ndarray)) or first.size == second.size == 0:
                 continue
-            state = self._outputs.setdefault(name, _Output(self._kind(name, first), first.dtype.kind not in "iubOUS"))
+            state = self._outputs.get(name)
+            if state is None:
+                floating = first.dtype.kind not in "iubOUS"
+                state = self._outputs[name] = _Output(self._kind(name, first), floating, _floor(first))
             count = samples if first.ndim and len(first) == samples else 1
             if first.shape != second.shape:
                 _add_mismatch(state, first, count)
@@ -137,13 +144,13 @@ class FidelityMeter:
 
     @property
     def loss(self) -> float:
-        """Damage to all outputs, second order in small errors: KL where it is defined, else squared relative error.
+        """Damage to all outputs: their squared relative errors, those of distributions taken on their logits.
 
-        Samples whose outputs have another shape are off by all of themselves.
+        A distribution tells its logits up to a constant, so their mean is taken off: a model loses the same with its
+        softmax and without. Samples whose outputs have another shape are off by all of themselves.
         """
-        outputs = self.result()
-        floating = [output for output in outputs if self._outputs[output.name].floating] or outputs
-        return sum(_damage(output) for output in floating)
+        states = [state for state in self._outputs.values() if state.floating] or list(self._outputs.values())
+        return sum(map(_damage, states))
 
     def _kind(self, name: str, array: NDArray[np.generic]) -> str:
         if array.ndim < 2 or array.shape[-1] < 2 or array.dtype.kind in "iubOUS":
@@ -155,10 +162,10 @@ class FidelityMeter:
         return self._scores if array.ndim == 2 else "values"
 
 
-def _damage(output: OutputFidelity) -> float:
-    if output.kl is None:
-        return output.relative**2  # what has another shape is in it
-    return output.kl + output.shape_mismatches / output.samples
+def _damage(state: _Output) -> float:
+    if state.kind not in DISTRIBUTIONS or not state.rows:
+        return _ratio(state.difference2, state.reference2) ** 2  # what has another shape is in it
+    return _ratio(state.logit_difference2, state.logit_reference2) ** 2 + state.mismatches / len(state.errors)
 
 
 def relative_error(reference: Mapping[str, object], candidate: Mapping[str, object]) -> float:
@@ -192,10 +199,15 @@ def _add_rows(state: _Output, before: Rows, after: Rows) -> None:
         state.kind = "scores"
     if state.kind == "logits":
         p, q = _softmax(before), _softmax(after)
+        logits = before, after
     elif state.kind == "probabilities":
         p, q = before, np.maximum(after, 0.0)
+        logits = np.log(np.maximum(p, state.floor)), np.log(np.maximum(q, state.floor))
     else:
         return
+    centred, other = (np.nan_to_num(rows - rows.mean(axis=1, keepdims=True)) for rows in logits)
+    state.logit_difference2 += float(np.sum((other - centred) ** 2))
+    state.logit_reference2 += float(np.sum(centred**2))
     terms = p * (np.log(np.maximum(p, _TINY)) - np.log(np.maximum(q, _TINY)))
     state.kl += float(np.nansum(terms))
 
@@ -239,6 +251,11 @@ def _is_distribution(array: NDArray[np.float64]) -> bool:
     with np.errstate(invalid="ignore"):
         sums = array.sum(axis=-1)
         return bool(array.size) and bool((array >= 0).all() and (np.abs(sums - 1) <= _SUM_TOLERANCE).all())
+
+
+def _floor(array: NDArray[np.generic]) -> float:
+    """The smallest probability that counts: smaller ones are rounding, and their logarithms noise."""
+    return max(_TINY, float(np.finfo(array.dtype).tiny)) if array.dtype.kind == "f" else _TINY
 
 
 def _softmax(rows: Rows) -> Rows:

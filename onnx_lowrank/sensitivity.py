@@ -2,9 +2,10 @@
 
 Errors of different layers are not comparable: the same relative error ruins the output at one layer and is forgotten
 after another. So a layer is replaced at a few ranks, the rest of the network runs from the activations in front of it,
-and the loss of its outputs is taken: the Kullback-Leibler divergence of outputs that are distributions, the squared
-relative L2 error of others, summed. Both are second order in a small error, so losses of several layers add up. Between
-the probes log(loss) is linear in log(error).
+and the loss of its outputs is taken: their squared relative L2 error, that of distributions on their logits. It is
+second order in the error, so losses of several layers add up. The Kullback-Leibler divergence would not: a few
+undecided positions flip at small errors, make up most of it, and flip no more at larger ones, so that it sees no
+difference between cutting one layer deep and many a little. Between the probes log(loss) is linear in log(error).
 """
 
 from __future__ import annotations

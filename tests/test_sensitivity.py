@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy.special import softmax
 
 from onnx_lowrank.sensitivity import PROBES, RUIN, SMALLEST, LossCurve, output_loss, probe_at
 
@@ -60,7 +62,7 @@ def test_probes_are_few_spread_and_include_the_ends(errors: list[float], count: 
     assert len(at) <= max(count, 0)
     if usable and count > 1:
         chosen = [errors[i] for i in at]
-        assert (min(chosen), max(chosen)) == (min(usable), max(usable))
+        assert (min(chosen), max(chosen)) == pytest.approx((min(usable), max(usable)))
 
 
 def test_probes_are_even_in_the_logarithm() -> None:
@@ -74,13 +76,48 @@ def test_losses_of_outputs() -> None:
     rng = np.random.default_rng(0)
     p = rng.dirichlet(np.ones(5), 6)
     q = rng.dirichlet(np.ones(5), 6)
-    kl = float((p * np.log(p / q)).sum() / 6)
+    before, after = (np.log(rows) - np.log(rows).mean(1, keepdims=True) for rows in (p, q))
+    expected = float(((after - before) ** 2).sum() / (before**2).sum())
     batches = [({"p": p[i : i + 2]}, {"p": q[i : i + 2]}, 2) for i in (0, 2, 4)]
-    assert output_loss(batches) == pytest.approx(kl)
+    assert output_loss(batches) == pytest.approx(expected)
     y = rng.standard_normal((6, 4, 4))
     assert output_loss([({"y": y}, {"y": 1.1 * y}, 6)]) == pytest.approx(0.01)
-    assert output_loss([({"p": p, "y": y}, {"p": q, "y": 1.1 * y}, 6)]) == pytest.approx(kl + 0.01)
+    assert output_loss([({"p": p, "y": y}, {"p": q, "y": 1.1 * y}, 6)]) == pytest.approx(expected + 0.01)
     assert output_loss([({"y": y}, {"y": y}, 6)]) == 0.0
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_network_loses_the_same_with_its_softmax_and_without(dtype: type[np.floating]) -> None:
+    rng = np.random.default_rng(1)
+    logits, other = (3 * rng.standard_normal((6, 7, 40)) for _ in range(2))
+    p, q = (softmax(rows, axis=-1).astype(dtype) for rows in (logits, other))
+    assert output_loss([({"p": p}, {"p": q}, 6)]) == pytest.approx(
+        output_loss([({"logits": logits}, {"logits": other + 5.0}, 6)]), rel=1e-4
+    )
+
+
+def test_losses_add_up_where_some_positions_are_undecided() -> None:
+    """Independent errors of ten layers; one position in fifty hangs between the classes, and every error moves it."""
+    rng = np.random.default_rng(2)
+    undecided = rng.random((400, 40)) < 0.02
+    logits = np.zeros((400, 40, 3))
+    logits[..., 0] = np.where(undecided, 0.0, 12.0)
+    errors = rng.standard_normal((10, *logits.shape)) * np.where(undecided, 2.0, 0.3)[..., None]
+    alone = [lost(logits, error) for error in errors]
+    assert lost(logits, errors.sum(axis=0)) == pytest.approx(sum(alone), rel=0.1)
+
+
+def lost(logits: NDArray[np.float64], error: NDArray[np.float64]) -> float:
+    before, after = softmax(logits, axis=-1), softmax(logits + error, axis=-1)
+    return output_loss([({"p": before}, {"p": after}, len(logits))])
+
+
+def test_rounding_of_small_probabilities_counts_nothing() -> None:
+    p = np.full((4, 3), 0.0, np.float16)
+    p[:, 0] = 1.0
+    q = p.copy()
+    q[:, 1] = 5e-6  # below the smallest normal number
+    assert output_loss([({"p": p}, {"p": q}, 4)]) == 0.0
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -33,7 +33,7 @@ from onnx_lowrank.target import Target
 
 logger = logging.getLogger(__name__)
 # To be raised when a probed loss comes to mean something else: it is remembered from run to run.
-PROBE_VERSION = 5
+PROBE_VERSION = 6
 # Samples losses are probed on: as many as this many multiply-accumulates pay for, between these two.
 PROBE_MACS = 4e12
 PROBE_SAMPLES = (8, 256)
