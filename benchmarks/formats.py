@@ -1,6 +1,6 @@
 """Every format on five networks at the same budgets: error, task metric, size and measured speed.
 
-    python -m benchmarks.formats [embedded hed ...] [--formats svd cp ...] [--together] [--limit 3600] [--again]
+    python -m benchmarks.formats [embedded hed ...] [--formats svd cp ...] [--together] [--limit 3600] [--samples 64]
 
 The default formats of a network are one `onnx-lowrank compare` with the calibration data and refit, in a process of
 its own; every other format is another one. Both budgets come from one process. Rows go to `formats.json` (whole
@@ -31,6 +31,7 @@ from benchmarks.zoo.model import ZooModel
 from benchmarks.zoo.models import all_models
 from benchmarks.zoo.results import FOLDER, Scalar
 from onnx_lowrank.catalogue import all_decompositions, default_decompositions
+from onnx_lowrank.settings import Settings
 
 NETWORKS = (EMBEDDED, "hed", "ocr_det", "minilm", "crepe_full")
 SHAPES = {"minilm": SIXTY_FOUR_TOKENS}
@@ -174,12 +175,17 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=LIMIT_S, help="seconds of one process (%(default)s)")
     parser.add_argument("--again", action="store_true", help="run what is recorded, too")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--samples", type=int, default=Settings.samples, help="to calibrate with, at most (%(default)s)"
+    )
+    parser.add_argument("--results", type=Path, default=FOLDER)
     asked = parser.parse_args()
-    options = [word for goal in GOALS for word in f"--{goal}".split()] + ["--threads", str(asked.threads)]
+    options = [word for goal in GOALS for word in f"--{goal}".split()]
+    options += ["--threads", str(asked.threads), "--samples", str(asked.samples)]
     formats = tuple(asked.formats or all_decompositions())
     for case in cases(asked.names or NETWORKS, formats, options, together=asked.together):
-        run(case, asked.limit, again=asked.again)
-    print(results.table(results.recorded("formats"), COLUMNS))
+        run(case, asked.limit, again=asked.again, folder=asked.results)
+    print(results.table(results.recorded("formats", asked.results), COLUMNS))
     return 0
 
 

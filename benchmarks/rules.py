@@ -18,6 +18,7 @@ from pathlib import Path
 
 from benchmarks.accuracy.experiment import Case, measure, record
 from benchmarks.fashion import EMBEDDED, NETS
+from benchmarks.zoo.results import FOLDER
 from onnx_lowrank.allocators import ALLOCATORS
 
 RULES = tuple(name for name in ALLOCATORS if name != "full_rank")
@@ -47,12 +48,13 @@ def main() -> int:
     parser.add_argument("--keep-macs", nargs="*", type=float, default=(0.5, 0.3))
     parser.add_argument("--speedup", nargs="*", type=float, default=(2.0,))
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--results", type=Path, default=FOLDER)
     asked = parser.parse_args()
     goals = [("--keep-macs", value) for value in asked.keep_macs] + [("--speedup", value) for value in asked.speedup]
     with tempfile.TemporaryDirectory() as folder:
         for case in cases(asked.net, goals, ["knapsack"], asked.threads):
             measure(case, Path(folder))
-    return record("rules", cases(asked.net, goals, asked.rules, asked.threads), COLUMNS)
+    return record("rules", cases(asked.net, goals, asked.rules, asked.threads), COLUMNS, folder=asked.results)
 
 
 if __name__ == "__main__":
