@@ -91,7 +91,7 @@ def realise(original: Path, data: Path, plan: Plan, out: Path, *, kept_layers: b
     chosen = [one for one in everything if kept_layers or one.method is not None]
     with tempfile.TemporaryDirectory() as folder, Phases().phase("refit") as advance:
         samples = suited(source.samples, source.path, target)
-        samples = affordable(samples, source.graph, [one.layer for one in chosen], target, Path(folder))
+        samples = affordable(samples, source.graph, target, Path(folder))
         found = refit(source.graph, chosen, samples, target, Path(folder), advance)
     PassManager([Factor(plan, allowed, fits=arrays(found))]).run(source.graph)
     io.save(source.graph, out)

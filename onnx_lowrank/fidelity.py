@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 Rows = NDArray[np.float64]
 _TINY = 1e-12
+_BLOCK = 1 << 20  # values of a distribution worked on at once
 DISTRIBUTIONS = ("probabilities", "logits")
 _SUM_TOLERANCE = 1e-3
 
@@ -81,8 +82,7 @@ class _Output:
     dot: float = 0.0
     errors: list[float] = field(default_factory=list[float])
     kl: float = 0.0
-    logit_difference2: float = 0.0
-    logit_reference2: float = 0.0
+    logit_error: float = 0.0
     agreed: int = 0
     rows: int = 0
     mismatches: int = 0
@@ -144,10 +144,9 @@ class FidelityMeter:
 
     @property
     def loss(self) -> float:
-        """Damage to all outputs: their squared relative errors, those of distributions taken on their logits.
+        """Damage to all outputs, second order in small errors: `logit_error` of distributions, squared relative error.
 
-        A distribution tells its logits up to a constant, so their mean is taken off: a model loses the same with its
-        softmax and without. Samples whose outputs have another shape are off by all of themselves.
+        Samples whose outputs have another shape are off by all of themselves.
         """
         states = [state for state in self._outputs.values() if state.floating] or list(self._outputs.values())
         return sum(map(_damage, states))
@@ -165,7 +164,7 @@ class FidelityMeter:
 def _damage(state: _Output) -> float:
     if state.kind not in DISTRIBUTIONS or not state.rows:
         return _ratio(state.difference2, state.reference2) ** 2  # what has another shape is in it
-    return _ratio(state.logit_difference2, state.logit_reference2) ** 2 + state.mismatches / len(state.errors)
+    return state.logit_error / state.rows + state.mismatches / len(state.errors)
 
 
 def relative_error(reference: Mapping[str, object], candidate: Mapping[str, object]) -> float:
@@ -197,19 +196,36 @@ def _add_rows(state: _Output, before: Rows, after: Rows) -> None:
     state.agreed += int(np.count_nonzero(before.argmax(axis=1) == after.argmax(axis=1)))
     if state.kind == "probabilities" and not _is_distribution(before):
         state.kind = "scores"
-    if state.kind == "logits":
-        p, q = _softmax(before), _softmax(after)
-        logits = before, after
-    elif state.kind == "probabilities":
-        p, q = before, np.maximum(after, 0.0)
-        logits = np.log(np.maximum(p, state.floor)), np.log(np.maximum(q, state.floor))
-    else:
+    if state.kind not in DISTRIBUTIONS:
         return
-    centred, other = (np.nan_to_num(rows - rows.mean(axis=1, keepdims=True)) for rows in logits)
-    state.logit_difference2 += float(np.sum((other - centred) ** 2))
-    state.logit_reference2 += float(np.sum(centred**2))
-    terms = p * (np.log(np.maximum(p, _TINY)) - np.log(np.maximum(q, _TINY)))
-    state.kl += float(np.nansum(terms))
+    step = max(_BLOCK // before.shape[1], 1)
+    for start in range(0, len(before), step):
+        p, q = before[start : start + step], after[start : start + step]
+        p, q = (_softmax(p), _softmax(q)) if state.kind == "logits" else (p, np.maximum(q, 0.0))
+        terms = p * (np.log(np.maximum(p, _TINY)) - np.log(np.maximum(q, _TINY)))
+        state.kl += float(np.nansum(terms))
+        state.logit_error += logit_error(p, q, state.floor)
+
+
+def logit_error(p: Rows, q: Rows, floor: float) -> float:
+    """Sum over the rows of half the variance over the classes of log q - log p.
+
+    To second order it is the divergence of rows whose classes are all as likely. It goes on growing where the
+    divergence of other rows has settled what the class is, so that errors of several layers add up. A constant added to
+    logits changes nothing. Classes the reference gives no more than `floor` do not count: masked ones, and those that
+    are lost in rounding; nor do values that are NaN.
+
+    Args:
+        p: The reference, (rows, classes).
+        q: The other.
+        floor: Smaller probabilities of q count as this.
+    """
+    counted = p > floor  # false for NaN
+    classes = np.maximum(counted.sum(axis=1, keepdims=True), 1)
+    difference = np.zeros_like(p)
+    np.log(np.maximum(q, floor) / np.where(counted, p, 1.0), out=difference, where=counted & np.isfinite(q))
+    difference -= np.where(counted, difference.sum(axis=1, keepdims=True) / classes, 0.0)
+    return float(np.sum(np.sum(difference**2, axis=1) / classes[:, 0])) / 2
 
 
 def _add_mismatch(state: _Output, before: NDArray[np.generic], count: int) -> None:
@@ -254,8 +270,9 @@ def _is_distribution(array: NDArray[np.float64]) -> bool:
 
 
 def _floor(array: NDArray[np.generic]) -> float:
-    """The smallest probability that counts: smaller ones are rounding, and their logarithms noise."""
-    return max(_TINY, float(np.finfo(array.dtype).tiny)) if array.dtype.kind == "f" else _TINY
+    """The smallest probability that a type holds in full precision, at least that of single precision."""
+    smallest = np.finfo(array.dtype).tiny if array.dtype.kind == "f" else 0.0
+    return max(float(smallest), float(np.finfo(np.float32).tiny))
 
 
 def _softmax(rows: Rows) -> Rows:

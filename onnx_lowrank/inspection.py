@@ -172,7 +172,7 @@ def _whitened(source: Source, ready: Prepared, settings: Settings, folder: Path)
     found: dict[str, Measures] = {}
     try:
         samples = suited(source.samples, source.path, target)
-        samples = affordable(samples, source.graph, ready.survey.layers, target, room)
+        samples = affordable(samples, source.graph, target, room)
         for layer, gram in grams(source.graph, ready.survey.layers, samples, target, room):
             matrices = layer.read().astype(np.float64).reshape(layer.shape.groups, layer.shape.out, -1)
             pairs = zip(matrices, gram, strict=True)

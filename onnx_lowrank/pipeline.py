@@ -186,7 +186,7 @@ def _fits(source: Source, a_plan: Plan, methods: Mapping[str, Decomposition], fo
     chosen = chosen_layers(layers(source.graph, check=False)[0], a_plan, methods)
     target, regress = Target().exact(), a_plan.fit == REFIT
     samples = suited(source.samples, source.path, target)
-    samples = affordable(samples, source.graph, [one.layer for one in chosen], target, folder)
+    samples = affordable(samples, source.graph, target, folder)
     with Phases().phase("refit") as advance:
         return arrays(refit(source.graph, chosen, samples, target, folder, advance, regress=regress))
 

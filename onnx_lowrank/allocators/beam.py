@@ -1,4 +1,4 @@
-"""Beam search over the layers, on measured divergence (survey of Ou et al., arXiv 2303.13635, II-B).
+"""Beam search over the layers, on measured loss (survey of Ou et al., arXiv 2303.13635, II-B).
 
 Layers are decided one by one, the costliest first. Every choice in the beam tries for the next layer the rank it has
 and the ranks one step below and above; the layers still open share what is left of the budget by the knapsack. All are

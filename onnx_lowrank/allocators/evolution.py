@@ -1,4 +1,4 @@
-"""Evolution: NSGA-II over rank vectors, minimising measured divergence and cost (Deb et al., IEEE TEC 6, 2002).
+"""Evolution: NSGA-II over rank vectors, minimising measured loss and cost (Deb et al., IEEE TEC 6, 2002).
 
 By Optuna's sampler: pymoo has the same algorithm, and brings matplotlib and seventeen other packages along.
 """

@@ -1,4 +1,4 @@
-"""TPE: tree-structured Parzen estimators over rank vectors, on measured divergence (Bergstra et al., NeurIPS 2011)."""
+"""TPE: tree-structured Parzen estimators over rank vectors, on measured loss (Bergstra et al., NeurIPS 2011)."""
 
 from __future__ import annotations
 

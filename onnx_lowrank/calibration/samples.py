@@ -40,10 +40,9 @@ class Samples:
     def __len__(self) -> int:
         return len(self.fit) + len(self.judge)
 
-    def thinned(self, most: int) -> Samples:
-        """About `most` of them, at least a batch of each part, drawn by their content."""
-        share = most / len(self)
-        fit, judge = (_thinned(part, share) for part in (self.fit, self.judge))
+    def thinned(self, share: float) -> Samples:
+        """A share of them, at least a batch to fit on and one to judge, drawn by their content."""
+        fit, judge = self.fit.share(share), self.judge.share(share)
         return replace(self, fit=fit, judge=judge, unused=self.unused + len(self) - len(fit) - len(judge))
 
     def batches(self) -> Iterator[tuple[Feeds, bool, int]]:
@@ -81,10 +80,6 @@ def suited(samples: Samples, model: Path, target: Target) -> Samples:
     if found is not None and batch > 1 and any(part.arrays[found.mask].shape[1] == batch for part in samples.fit.parts):
         batch -= 1  # with as many samples as positions nothing tells which axis is which
     return replace(samples, largest_batch=batch, padding=found)
-
-
-def _thinned(data: Dataset, share: float) -> Dataset:
-    return data.thinned(max(int(share * len(data)), data.batch or 1)).in_whole_batches()
 
 
 def _batch(data: Dataset) -> int:

@@ -133,9 +133,6 @@ class Front:
     Args:
         folder: An empty folder of its own.
         target: Where parts of the network run.
-
-    Attributes:
-        most_bytes: The most that was held at a time.
     """
 
     def __init__(self, folder: Path, target: Target) -> None:
@@ -143,13 +140,15 @@ class Front:
         self._files: dict[str, list[Path]] = {}
         self._types: dict[str, int] = {}
         self._number = 0
-        self._bytes = 0
-        self.most_bytes = 0
 
     @property
     def types(self) -> Mapping[str, int]:
         """Element type of every tensor held."""
         return self._types
+
+    def sizes(self) -> dict[str, list[int]]:
+        """Bytes of every tensor held, batch by batch."""
+        return {name: [path.stat().st_size for path in paths] for name, paths in self._files.items()}
 
     def batches(self) -> int:
         """How many batches there are."""
@@ -206,7 +205,6 @@ class Front:
             self._files.update(made)
         for name in set(self._files) - set(names):
             for path in self._files.pop(name):
-                self._bytes -= path.stat().st_size
                 path.unlink()
             del self._types[name]
 
@@ -227,6 +225,4 @@ class Front:
             got = f"no room for the activations of {self.batches()} batches ({free:.1f} GB free: {error})"
             do = "free some, write the model to another disk, or take fewer --samples"
             raise InputError(got, "room for what each layer reads, for every sample, twice", do) from error
-        self._bytes += path.stat().st_size
-        self.most_bytes = max(self.most_bytes, self._bytes)
         return path

@@ -153,6 +153,21 @@ class Dataset:
             self.take(np.sort(np.argsort(self.fingerprints, kind="stable")[:limit])), notes=(*self.notes, note)
         )
 
+    def share(self, fraction: float) -> Dataset:
+        """A fraction of the samples, in whole batches and at least one, drawn by their content."""
+        size = self.batch or 1
+        if size == 1:
+            drawn = np.argsort(self.fingerprints, kind="stable")[: max(int(fraction * len(self)), 1)]
+            return self.take(np.sort(drawn))
+        wanted = [int(fraction * len(part)) // size * size for part in self.parts]
+        if not any(wanted):
+            wanted[int(np.argmax([len(part) for part in self.parts]))] = size
+        chosen = [
+            start + np.argsort(self.fingerprints[start : start + len(part)], kind="stable")[:count]
+            for (part, start), count in zip(self._placed(), wanted, strict=True)
+        ]
+        return self.take(np.sort(np.concatenate(chosen)))
+
     def without(self, others: Dataset) -> Dataset | None:
         """The samples that are not among `others`; None if there are none."""
         rows = np.flatnonzero(~np.isin(self.fingerprints, others.fingerprints))

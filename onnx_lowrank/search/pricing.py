@@ -135,7 +135,7 @@ def _calibration(
     methods = [(name, asdict(method)) for name, method in ready.methods.items()]  # pyright: ignore[reportArgumentType] - decompositions are dataclasses
     passes = [(record.name, record.options) for record in ready.records]
     target = replace(settings.target, threads=0).exact()
-    samples = affordable(suited(samples, source.path, target), source.graph, ready.survey.layers, target, folder)
+    samples = affordable(suited(samples, source.path, target), source.graph, target, folder)
     data = (samples.fit.sha256, samples.judge.sha256)
     seen = [PROBE_VERSION, source.sha256, data, methods, passes, versions()]
     return Calibration(samples, target, folder, memory, json.dumps(seen, default=str))
