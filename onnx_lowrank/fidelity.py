@@ -270,9 +270,8 @@ def _is_distribution(array: NDArray[np.float64]) -> bool:
 
 
 def _floor(array: NDArray[np.generic]) -> float:
-    """The smallest probability that a type holds in full precision, at least that of single precision."""
-    smallest = np.finfo(array.dtype).tiny if array.dtype.kind == "f" else 0.0
-    return max(float(smallest), float(np.finfo(np.float32).tiny))
+    """The smallest probability that half or single precision hold in full; of double precision that of single."""
+    return float(np.finfo(np.float16 if array.dtype == np.float16 else np.float32).tiny)
 
 
 def _softmax(rows: Rows) -> Rows:
