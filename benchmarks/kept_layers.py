@@ -1,6 +1,6 @@
 """Does it pay to refit layers that are not factored, to repair what was lost in front of them?
 
-    python -m benchmarks.kept_layers [fashion_embedded ocr_rec minilm] [--share 0.5]
+    python -m benchmarks.kept_layers [embedded ocr_rec minilm] [--share 0.5]
 
 One plan per model, realised twice: all layers fitted, and only those that become chains. Rows go to
 `benchmarks/results/kept_layers.json`, evaluated on the task as everywhere else.
@@ -16,12 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.accuracy.experiment import task
+from benchmarks.fashion import EMBEDDED, named
 from benchmarks.zoo import results
 from benchmarks.zoo.cache import default_cache
 from benchmarks.zoo.model import ZooModel
-from benchmarks.zoo.models import all_models
-from onnx_lowrank.calibration.affordable import affordable
-from onnx_lowrank.calibration.samples import suited
+from onnx_lowrank.calibration.affordable import usable
 from onnx_lowrank.catalogue import all_decompositions, split
 from onnx_lowrank.graph import io
 from onnx_lowrank.graph.layers import layers
@@ -39,14 +38,14 @@ KEYS = ("model", "goal", "kept_layers")
 def main(words: Sequence[str] | None = None) -> int:
     """Plan, realise both ways, evaluate, record, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", default=["fashion_embedded", "ocr_rec", "minilm"], metavar="MODEL")
+    parser.add_argument("models", nargs="*", default=[EMBEDDED, "ocr_rec", "minilm"], metavar="MODEL")
     parser.add_argument("--share", type=float, default=0.5, help="of the factorable layers' multiply-accumulates")
     parser.add_argument("--results", type=Path, default=results.FOLDER)
     asked = parser.parse_args(words)
     rows: list[dict[str, results.Scalar]] = []
     for name in asked.models:
         with tempfile.TemporaryDirectory() as folder:
-            rows += both(all_models()[name], asked.share, Path(folder))
+            rows += both(named(name), asked.share, Path(folder))
         for row in rows[-2:]:
             results.put("kept_layers", row, KEYS, asked.results)
     print(results.table(rows, [key for key in rows[0] if not key.endswith("seconds")]))
@@ -90,8 +89,7 @@ def realise(original: Path, data: Path, plan: Plan, out: Path, *, kept_layers: b
     everything = chosen_layers(layers(source.graph, check=False)[0], plan, allowed)
     chosen = [one for one in everything if kept_layers or one.method is not None]
     with tempfile.TemporaryDirectory() as folder, Phases().phase("refit") as advance:
-        samples = suited(source.samples, source.path, target)
-        samples = affordable(samples, source.graph, target, Path(folder))
+        samples = usable(source.samples, source.path, source.graph, target, Path(folder))
         found = refit(source.graph, chosen, samples, target, Path(folder), advance)
     PassManager([Factor(plan, allowed, fits=arrays(found))]).run(source.graph)
     io.save(source.graph, out)

@@ -12,9 +12,8 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
-from onnx_lowrank.calibration.affordable import affordable
+from onnx_lowrank.calibration.affordable import usable
 from onnx_lowrank.calibration.input_moments import grams
-from onnx_lowrank.calibration.samples import suited
 from onnx_lowrank.calibration.walk import CannotCutError
 from onnx_lowrank.decomposition import Decomposition
 from onnx_lowrank.graph.size import parameters
@@ -171,8 +170,7 @@ def _whitened(source: Source, ready: Prepared, settings: Settings, folder: Path)
     room.mkdir()
     found: dict[str, Measures] = {}
     try:
-        samples = suited(source.samples, source.path, target)
-        samples = affordable(samples, source.graph, target, room)
+        samples = usable(source.samples, source.path, source.graph, target, room)
         for layer, gram in grams(source.graph, ready.survey.layers, samples, target, room):
             matrices = layer.read().astype(np.float64).reshape(layer.shape.groups, layer.shape.out, -1)
             pairs = zip(matrices, gram, strict=True)

@@ -13,8 +13,7 @@ from collections.abc import Collection, Generator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from onnx_lowrank.calibration.affordable import affordable
-from onnx_lowrank.calibration.samples import suited
+from onnx_lowrank.calibration.affordable import usable
 from onnx_lowrank.catalogue import all_decompositions, split
 from onnx_lowrank.chain import Fit
 from onnx_lowrank.decomposition import Decomposition
@@ -185,8 +184,7 @@ def _fits(source: Source, a_plan: Plan, methods: Mapping[str, Decomposition], fo
         raise InputError(f"a plan of kind {a_plan.fit} without its samples", "--calibration", "give the same samples")
     chosen = chosen_layers(layers(source.graph, check=False)[0], a_plan, methods)
     target, regress = Target().exact(), a_plan.fit == REFIT
-    samples = suited(source.samples, source.path, target)
-    samples = affordable(samples, source.graph, target, folder)
+    samples = usable(source.samples, source.path, source.graph, target, folder)
     with Phases().phase("refit") as advance:
         return arrays(refit(source.graph, chosen, samples, target, folder, advance, regress=regress))
 

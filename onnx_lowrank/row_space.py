@@ -5,9 +5,8 @@ Only the part of an input c in the row space of M (S, n) reaches the outputs. Wi
     Q = M^T U L^(-1/2)  (n, S),    M = (M Q) Q^T,    M Q = U L^(1/2),    Q^T c = L^(-1/2) U^T (M c):
 
 the layer is the matrix M Q on inputs Q^T c, whose second moment has S^2 entries instead of n^2; Q is never formed. A
-chain
-whose first stage B reads all inputs at once loses nothing by it: the best B lies in that space (the left factor of a
-whitened SVD is a basis of outputs, the right one its product with M). A refit is confined to it.
+chain whose first stage B reads all inputs at once loses nothing by it: the best B lies in that space (the left factor
+of a whitened SVD is a basis of outputs, the right one its product with M). A refit is confined to it.
 """
 
 from __future__ import annotations

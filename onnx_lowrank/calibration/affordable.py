@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from onnx_lowrank.calibration.samples import Samples
+from onnx_lowrank.calibration.samples import Samples, suited
 from onnx_lowrank.calibration.stops import stops
 from onnx_lowrank.calibration.walk import Front, route
 from onnx_lowrank.graph.layers import layers
@@ -21,6 +21,11 @@ logger = logging.getLogger(__name__)
 MOST_CARRIED = 16e9
 NETWORKS = 2
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+def usable(samples: Samples, model: Path, graph: Graph, target: Target, folder: Path) -> Samples:
+    """The samples a model is calibrated with, in the batches it takes: `suited`, then `affordable`."""
+    return affordable(suited(samples, model, target), graph, target, folder)
 
 
 def affordable(samples: Samples, graph: Graph, target: Target, folder: Path) -> Samples:

@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 
 from onnx_lowrank.allocators import Allocator
-from onnx_lowrank.calibration.affordable import affordable
-from onnx_lowrank.calibration.samples import Samples, suited
+from onnx_lowrank.calibration.affordable import usable
+from onnx_lowrank.calibration.samples import Samples
 from onnx_lowrank.candidates import Cost, Grid
 from onnx_lowrank.goals import KeepMacs, KeepParams
 from onnx_lowrank.graph.model import Graph
@@ -135,7 +135,7 @@ def _calibration(
     methods = [(name, asdict(method)) for name, method in ready.methods.items()]  # pyright: ignore[reportArgumentType] - decompositions are dataclasses
     passes = [(record.name, record.options) for record in ready.records]
     target = replace(settings.target, threads=0).exact()
-    samples = affordable(suited(samples, source.path, target), source.graph, target, folder)
+    samples = usable(samples, source.path, source.graph, target, folder)
     data = (samples.fit.sha256, samples.judge.sha256)
     seen = [PROBE_VERSION, source.sha256, data, methods, passes, versions()]
     return Calibration(samples, target, folder, memory, json.dumps(seen, default=str))
