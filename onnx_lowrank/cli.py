@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 
-from onnx_lowrank import cli_compare, cli_latency, cli_roofline, inspection, pipeline
+from onnx_lowrank import cli_compare, cli_latency, cli_roofline, inspection, output, pipeline
 from onnx_lowrank.catalogue import catalogue
 from onnx_lowrank.cli_options import (
     AllocatorOption,
@@ -151,9 +151,9 @@ def optimize(
     """Make MODEL faster: factor its layers where that was measured to pay."""
     asked = given(locals(), recipe)
     settings = settings_of(asked, provider_option or ())
-    pipeline.check_paths(out, model, recipe)
+    output.check_paths(out, model, recipe)
     if plan_out is not None:
-        pipeline.check_paths(plan_out, model, out, settings.calibration, settings.eval, recipe)
+        output.check_paths(plan_out, model, out, settings.calibration, settings.eval, recipe)
     if report is not None and report.exists() and not report.is_dir():
         raise InputError(f"--report {report}, which is no folder", "a folder", "give another path")
     beside = [path for path in (plan_out, report / "report.json" if report else None) if path is not None]
@@ -218,7 +218,7 @@ def plan(
     """Do the same analysis, write the plan and no model."""
     asked = given(locals(), recipe)
     settings = settings_of(asked, provider_option or ())
-    pipeline.check_paths(out, model, settings.calibration, settings.eval, recipe, table, estimate)
+    output.check_paths(out, model, settings.calibration, settings.eval, recipe, table, estimate)
     there: Device | None = cli_roofline.estimated_device(estimate, table, device, asked, provider_option or ())
     there = there or cli_latency.chosen_device(table, asked, device, provider_option or (), model)
     outcome = pipeline.plan(model, settings, phases_on(_err), beside=(out,), there=there)
@@ -250,7 +250,7 @@ def apply(
     """Realise a plan: the same model and plan give the same bytes."""
     made = Plan.read(plan_file)
     settings = settings_of(given(locals(), None))
-    pipeline.check_paths(out, plan_file)
+    output.check_paths(out, plan_file)
     pipeline.apply(
         model,
         made,
@@ -330,7 +330,7 @@ def profile(
     settings = settings_of(given(locals(), None), provider_option or ())
     sweep = parse_sweep(threads_list, batches, levels)
     if out is not None:
-        pipeline.check_paths(out, *models)
+        output.check_paths(out, *models)
     result = profile_models(models, settings.target, budget_s=seconds, sweep=sweep, phases=phases_on(_err))
     if out is not None:
         io.write_text(out, result.to_json())

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from onnx_lowrank import comparison, pipeline
+from onnx_lowrank import comparison, output
 from onnx_lowrank.cli_options import (
     CalibrationOption,
     EvalOption,
@@ -87,7 +87,7 @@ def compare(
     if models is not None and models.exists() and not models.is_dir():
         raise InputError(f"--models {models}, which is no folder", "a folder", "give another path")
     if out is not None:
-        pipeline.check_paths(out, model, settings.calibration, settings.eval)
+        output.check_paths(out, model, settings.calibration, settings.eval)
     beside = () if out is None else (out,)
     with folder_for(models):
         found = comparison.compare(model, goals, settings, phases_on(_err), models=models, beside=beside)

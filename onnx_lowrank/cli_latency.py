@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from onnx_lowrank import pipeline
+from onnx_lowrank import output
 from onnx_lowrank.cli_options import (
     CalibrationOption,
     DeviceOption,
@@ -42,7 +42,7 @@ from onnx_lowrank.latency_request import SCRIPT, write_request
 from onnx_lowrank.recipe import Recipe
 from onnx_lowrank.request import provider_options, settings_of
 from onnx_lowrank.search.elsewhere import Choice, Elsewhere, elsewhere
-from onnx_lowrank.search.source import read_source
+from onnx_lowrank.search.source import source_of
 
 REQUESTABLE = ("cpu", "cuda")
 
@@ -79,7 +79,7 @@ def export(
     threads: ThreadsOption = None,
 ) -> None:
     """Write your latencies to a file, those of one device only if it is named."""
-    pipeline.check_paths(out)
+    output.check_paths(out)
     choice = Choice(device, provider, (), threads)
     found = _held(choice)
     if not found:
@@ -123,14 +123,14 @@ def request(
     if settings.target.provider not in REQUESTABLE:
         got, do = f"--provider {settings.target.provider}", "run `onnx-lowrank optimize` on the device itself"
         raise InputError(got, f"one of {', '.join(REQUESTABLE)}, which the script can time", do)
-    pipeline.check_paths(out, model, settings.calibration)
+    output.check_paths(out, model, settings.calibration)
     phases = phases_on(_err)
     with phases.phase("read"):
-        source = read_source(model, settings.calibration, preprocess=settings.preprocess, limit=settings.samples)
+        source = source_of(model, settings)
         io.spare_sources(source.graph, out)
-    with pipeline.staging(out) as folder:
+    with output.staging(out) as folder:
         count = write_request(source, settings, folder / out.name, phases, threads=asked.threads or 0)
-        pipeline.publish(folder / out.name, out)
+        output.publish(folder / out.name, out)
     _say(f"{count} chains and layers in {out}; on the device: unpack {SCRIPT} beside it and run `python {SCRIPT}`")
 
 

@@ -134,7 +134,10 @@ SeedOption = Annotated[
 TimeOption = Annotated[
     float | None, typer.Option(help="Seconds after which no further model is tried.", rich_help_panel=SEARCH)
 ]
-MemoryOption = Annotated[int | None, typer.Option(help="Bytes of decomposed weights to hold.", rich_help_panel=SEARCH)]
+MemoryOption = Annotated[
+    int | None,
+    typer.Option(help="Bytes for decomposed weights, and for the moments of one layer.", rich_help_panel=SEARCH),
+]
 BisectOption = Annotated[
     bool, typer.Option(help="Name the first rewrite beyond the error limit.", rich_help_panel=SEARCH)
 ]

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from onnx_lowrank import pipeline
+from onnx_lowrank import output
 from onnx_lowrank.cli_latency import TableArgument, app
 from onnx_lowrank.cli_options import DeviceOption, JsonOption, ProviderOption, ThreadsOption
 from onnx_lowrank.errors import InputError
@@ -49,7 +49,7 @@ def fit_(
 ) -> None:
     """Fit a roofline to measured latencies, and say how well it foretells layers it has not seen."""
     if out is not None:
-        pipeline.check_paths(out, file)
+        output.check_paths(out, file)
     with LatencyTable() if file is None else LatencyTable.in_memory() as table:
         if file is not None:
             merge(table, read(file))

@@ -24,7 +24,7 @@ from onnx_lowrank.linalg import whitened_rows
 from onnx_lowrank.progress import Phases
 from onnx_lowrank.providers import require_provider
 from onnx_lowrank.search.prepare import Prepared, prepare
-from onnx_lowrank.search.source import Source, read_source
+from onnx_lowrank.search.source import Source, source_of
 from onnx_lowrank.settings import Settings
 from onnx_lowrank.spectra import ENERGIES, Measures, Unfolding
 
@@ -87,7 +87,7 @@ def inspect(
     settings, phases = settings or Settings(), phases or Phases()
     require_provider(settings.target)
     with phases.phase("read"):
-        source = read_source(Path(model), settings.calibration, preprocess=settings.preprocess, limit=settings.samples)
+        source = source_of(Path(model), settings)
     with tempfile.TemporaryDirectory(prefix="onnx-lowrank-") as folder:
         ready = prepare(source, settings, Path(folder), phases)
         with phases.phase("moments"):

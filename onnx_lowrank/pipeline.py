@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import shutil
-import signal
 import tempfile
-import threading
-from collections.abc import Collection, Generator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +17,7 @@ from onnx_lowrank.errors import InputError, InvalidResultError, NonFiniteResultE
 from onnx_lowrank.goals import KeepMacs, KeepParams, MaxError
 from onnx_lowrank.graph import io
 from onnx_lowrank.graph.layers import layers
+from onnx_lowrank.output import check_paths, publish, staging
 from onnx_lowrank.pass_manager import PassManager
 from onnx_lowrank.passes.factor import Factor
 from onnx_lowrank.plan import DATA_FREE, REFIT, Plan
@@ -33,7 +30,7 @@ from onnx_lowrank.search.analysis import analyse
 from onnx_lowrank.search.attempt import Outcome
 from onnx_lowrank.search.device import Device
 from onnx_lowrank.search.prepare import tuned_for
-from onnx_lowrank.search.source import Source, read_source
+from onnx_lowrank.search.source import Source, read_source, source_of
 from onnx_lowrank.settings import Settings
 from onnx_lowrank.target import Target
 from onnx_lowrank.validation import compare
@@ -72,7 +69,7 @@ def optimize(
         check_paths(path, model, settings.calibration, settings.eval)
     require_provider(settings.target)
     with phases.phase("read"):
-        source = _read(model, settings)
+        source = source_of(model, settings)
         for path in (out, *beside):
             io.spare_sources(source.graph, path)
     settings = tuned_for(source, settings, phases)
@@ -82,6 +79,11 @@ def optimize(
         analysis = analyse(source, settings, folder, phases)
         try:
             report = assemble(analysis, settings, folder / out.name, phases, scores)
+            nearer, timed = None, report.latency
+            if timed is not None and not report.goal.reached:
+                nearer = analysis.nearer(settings.goal, timed.speedup, timed.low_rank_speedup)
+            if nearer is not None:
+                analysis, report = nearer, assemble(nearer, settings, folder / out.name, phases, scores)
         except NonFiniteResultError as error:
             reached = isinstance(settings.goal, MaxError)
             analysis = analysis.keeping_all(
@@ -116,7 +118,7 @@ def plan(
             raise InputError(got, "a goal that time decides", f"no latency decides a goal of size: {do}")
         settings = replace(settings, target=there.planning(settings.target.shapes))
     with phases.phase("read"):
-        source = _read(Path(model), settings)
+        source = source_of(Path(model), settings)
         for path in beside:
             io.spare_sources(source.graph, path)
     settings = tuned_for(source, settings, phases)
@@ -154,7 +156,8 @@ def apply(
     """
     model, out = Path(model), Path(out)
     check_paths(out, model, calibration, labelled)
-    source = read_source(model, calibration, labelled, preprocess=preprocess, limit=samples)
+    room = a_plan.memory_limit
+    source = read_source(model, calibration, labelled, preprocess=preprocess, limit=samples, memory_limit=room)
     io.spare_sources(source.graph, out)
     _check_conditions(source, a_plan, force=force)
     passes, methods = split(a_plan.passes)
@@ -187,86 +190,6 @@ def _fits(source: Source, a_plan: Plan, methods: Mapping[str, Decomposition], fo
     samples = usable(source.samples, source.path, source.graph, target, folder)
     with Phases().phase("refit") as advance:
         return arrays(refit(source.graph, chosen, samples, target, folder, advance, regress=regress))
-
-
-def check_paths(out: Path, *inputs: Path | str | None) -> None:
-    """Refuse an output that would destroy an input or cannot be written.
-
-    Raises:
-        InputError: with what is wrong.
-    """
-    parent = out.absolute().parent
-    for read in (Path(path) for path in inputs if path is not None):
-        if read.is_dir() and out.exists() and out.resolve().is_relative_to(read.resolve()):
-            raise InputError(f"{out} to write to, one of the samples in {read}", "a new file", "choose another one")
-        if out.resolve() == read.resolve() or (out.exists() and read.exists() and read.samefile(out)):
-            raise InputError(f"{out} to write to, the same file as {read}", "a file of its own", "choose another one")
-    if out.is_dir():
-        raise InputError(f"the folder {out} as output", "a file name", f"write to {out / 'model.onnx'}")
-    if not parent.is_dir():
-        raise InputError(f"output in {parent}, which is no folder", "an existing folder", "make it first")
-    if not os.access(parent, os.W_OK):
-        raise InputError(f"output in {parent}, which is not writable", "a writable folder", "choose another one")
-
-
-def _read(model: Path, settings: Settings) -> Source:
-    return read_source(
-        model, settings.calibration, settings.eval, preprocess=settings.preprocess, limit=settings.samples
-    )
-
-
-@contextlib.contextmanager
-def staging(out: Path) -> Generator[Path]:
-    """A folder beside `out` for everything that is not finished yet; it is gone afterwards, whatever happens.
-
-    Raises:
-        InputError: if it cannot be made.
-    """
-    folder: Path | None = None
-    try:
-        with _undisturbed():  # a folder that nobody knows of yet would stay
-            folder = _folder_beside(out)
-        yield folder
-    finally:
-        with _undisturbed():
-            if folder is not None:
-                shutil.rmtree(folder, ignore_errors=True)
-
-
-def _folder_beside(out: Path) -> Path:
-    parent = out.absolute().parent
-    try:
-        return Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=parent))
-    except OSError as error:
-        raise InputError(f"{parent} ({error.strerror})", "a writable folder", "choose another") from error
-
-
-def publish(finished: Path, out: Path) -> None:
-    """Move a finished file, its external data first, to where the user wants it: both or neither if interrupted."""
-    data = finished.with_name(finished.name + ".data")
-    with _undisturbed():
-        if data.exists():
-            data.replace(out.with_name(data.name))
-        finished.replace(out)
-
-
-@contextlib.contextmanager
-def _undisturbed() -> Generator[None]:
-    """SIGINT and SIGTERM that arrive in the block are heeded after it."""
-    if threading.current_thread() is not threading.main_thread():  # signals only ever arrive there
-        yield
-        return
-    came: list[int] = []
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in handlers:
-        signal.signal(number, lambda number, _: came.append(number))
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set from Python
-        for number in came[:1]:
-            signal.raise_signal(number)
 
 
 def _try_out(source: Source, finished: Path) -> None:

@@ -15,6 +15,8 @@ from onnx_lowrank.errors import InputError
 KEEP = "keep"
 MEASURED, ESTIMATED = "measured", "estimated"
 DATA_FREE, CALIBRATED, REFIT = "data-free", "calibrated", "refit"
+# Bytes that moments of one layer, and decomposed weights, may take where nobody says otherwise.
+MEMORY_LIMIT = 1 << 29
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Plan:
             give; "refit", fitted to the original's outputs on them.
         planned_for: The device it was planned for and how its latencies are known, in words; empty for the machine that
             made the plan.
+        memory_limit: Bytes that moments of one layer may take; those of larger ones say less, and are fitted otherwise.
     """
 
     model_sha256: str
@@ -81,6 +84,7 @@ class Plan:
     fit: str = DATA_FREE
     schema: int = 1
     planned_for: str = ""
+    memory_limit: int = MEMORY_LIMIT
 
     def to_json(self) -> str:
         """The plan as JSON, the same text for the same plan."""
@@ -96,7 +100,7 @@ class Plan:
         """Short hash of everything that determines the rewritten model; stamped into its nodes."""
         decisive = [(c.key, c.method, list(c.rank)) for c in self.layers]
         passes = [(p.name, sorted(p.options.items())) for p in self.passes]
-        data = None if self.fit == DATA_FREE else self.data_sha256
+        data = None if self.fit == DATA_FREE else [self.data_sha256, self.memory_limit]
         text = json.dumps([self.model_sha256, decisive, passes, self.fit, data], default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -125,7 +129,17 @@ class Plan:
             fit = _fit(str(raw.get("fit", DATA_FREE)))
             known = None if data is None else str(data)
             planned_for = str(raw.get("planned_for", ""))
-            return Plan(str(raw["model_sha256"]), layers, passes, known, versions, fit, planned_for=planned_for)
+            limit = _limit(int(raw.get("memory_limit", MEMORY_LIMIT)))
+            return Plan(
+                str(raw["model_sha256"]),
+                layers,
+                passes,
+                known,
+                versions,
+                fit,
+                planned_for=planned_for,
+                memory_limit=limit,
+            )
         except json.JSONDecodeError as error:
             raise InputError(f"{source} that is not JSON ({error})", "a plan file", "make it with `plan`") from error
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -147,6 +161,12 @@ def _fit(name: str) -> str:
     if name not in {DATA_FREE, CALIBRATED, REFIT}:
         raise ValueError(f"fit {name!r}")
     return name
+
+
+def _limit(size: int) -> int:
+    if size <= 0:
+        raise ValueError(f"memory_limit {size}")
+    return size
 
 
 def _choice(item: dict[str, Any]) -> Choice:

@@ -116,7 +116,7 @@ class _Walk:
     ) -> None:
         self.original, self.compressed, self.samples, self.regress = original, compressed, samples, regress
         self.chosen = {one.layer.key: one for one in chosen}
-        found = stops(original, (one.layer for one in chosen))
+        found = stops(original, (one.layer for one in chosen), samples.memory_limit)
         self.stops = {key: stop for key, stop in found.items() if self._fittable(stop)}
         self.path = route(original, {key: stop.operand for key, stop in self.stops.items()})
         fitted = {self.stops[cut.key].layer.key for cut in self.path.cuts}

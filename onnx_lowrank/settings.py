@@ -9,7 +9,7 @@ from pathlib import Path
 
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.goals import DEFAULT_GOAL, Goal, MaxDrop
-from onnx_lowrank.plan import PassSpec
+from onnx_lowrank.plan import MEMORY_LIMIT, PassSpec
 from onnx_lowrank.target import Target
 
 
@@ -37,7 +37,8 @@ class Settings:
         seed: Of inputs drawn to fit the signature, of rules that search at random, and of intervals of the task
             metric. Parts and positions of samples are drawn by a fixed seed.
         time_limit: Seconds after which the search ends with the best found; None for no limit.
-        memory_limit: Bytes the search may hold in decomposed weights.
+        memory_limit: Bytes that decomposed weights may take in memory, and moments of one layer: larger ones are taken
+            in the row space of its weight, or the layer stays data-free.
         bisect: Look for the first rewrite after which outputs differ by more than the goal's limit.
         evaluations: How many choices a rule that searches may measure.
     """
@@ -58,7 +59,7 @@ class Settings:
     keep: tuple[str, ...] = ()
     seed: int = 0
     time_limit: float | None = None
-    memory_limit: int = 1 << 29
+    memory_limit: int = MEMORY_LIMIT
     bisect: bool = False
     evaluations: int = 100
 

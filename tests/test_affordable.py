@@ -9,8 +9,8 @@ import pytest
 from builders import model as model_of
 from builders import value
 from onnx import ModelProto
+from refits import samples
 from roads import node
-from test_refit import samples
 from walks import residual, weight
 
 from onnx_lowrank import Settings, apply, optimize

@@ -2,114 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import cast
 
-import numpy as np
 import pytest
-from tables import conv_layer
+from benches import Scripted, loop_over, rows
 
-from onnx_lowrank.candidates import Candidate, Problem, keep
-from onnx_lowrank.chain import Chain
+from onnx_lowrank.candidates import Candidate, Problem
 from onnx_lowrank.goals import Goal, KeepMacs, MaxError, Speedup
-from onnx_lowrank.latency.child import MeasuringError
-from onnx_lowrank.latency.measure import Paired, Timing
-from onnx_lowrank.latency.turns import Clock
-from onnx_lowrank.pass_manager import PassRecord
-from onnx_lowrank.plan import Choice, Plan
 from onnx_lowrank.report.build import layer_rows
 from onnx_lowrank.search.attempt import Outcome
-from onnx_lowrank.search.bench import Bench
 from onnx_lowrank.search.guard import MOST_ALONE
-from onnx_lowrank.search.loop import Loop
-from onnx_lowrank.search.prediction import Prediction
-from onnx_lowrank.search.racer import Contestant
-from onnx_lowrank.search.table import Row
-
-DENSE_MS = 10.0
-ROUNDS = 9
-ORIGINAL, NORMALIZED = Path("original"), Path("normalized")
-
-
-@dataclass
-class Scripted:
-    """A bench and a racer in one: a model takes what its layers take, 10 ms each, or what is said of their chains.
-
-    Args:
-        layers: How many.
-        chains: Layer -> milliseconds its chain takes in the model.
-        broken: Models that cannot be timed.
-    """
-
-    layers: int
-    chains: Mapping[str, float]
-    broken: Sequence[str] = ()
-    late: bool = False
-    raced: list[str] = field(default_factory=list[str])
-    finished: list[str] = field(default_factory=list[str])
-
-    @property
-    def racer(self) -> Scripted:
-        return self
-
-    def realise(self, plan: Plan) -> tuple[Path, PassRecord]:
-        rewritten = [choice.key for choice in plan.layers if not choice.keeps]
-        return Path("+".join(["model", *rewritten])), PassRecord("factor", {}, modified=True, seconds=0.0, notes=())
-
-    def finish(self, plan: Plan) -> tuple[Path, PassRecord]:
-        path, record = self.realise(plan)
-        self.finished.append(str(path))
-        return path, record
-
-    def best_level(self, path: Path) -> Contestant:
-        return Contestant(path, "all")
-
-    def race(self, contestants: Sequence[Contestant]) -> Paired:
-        names = [str(contestant.path) for contestant in contestants]
-        if set(names) & set(self.broken):
-            raise MeasuringError("died", None)
-        if len(names) == 2:
-            self.raced.append(names[1])
-        times = [self.ms(Path(name)) for name in names]
-        timings = tuple(Timing(ms, (ms, ms), (ms,) * ROUNDS) for ms in times)
-        ratios = tuple(times[0] / ms for ms in times)
-        return Paired(timings, ratios, tuple((r, r) for r in ratios), ROUNDS, Clock.CPU, disturbed=False)
-
-    def ms(self, path: Path) -> float:
-        rewritten = str(path).split("+")[1:]
-        return self.layers * DENSE_MS + sum(self.chains[key] - DENSE_MS for key in rewritten)
-
-
-def rows(alone: Mapping[str, float]) -> list[Row]:
-    """Layers with one chain each, which alone takes so many milliseconds."""
-    found: list[Row] = []
-    for key, ms in alone.items():
-        layer = conv_layer(key, np.zeros((1, 4, 4, 1, 1), np.float32))
-        chain = Candidate(key, "svd", (1,), Chain("svd", (), ""), 0.1, 0.1, 1, 1.0, 1.0, ms)
-        found.append(Row(layer, (keep(layer).timed(DENSE_MS), chain), {}))
-    return found
 
 
 def searched(
     goal: Goal, alone: Mapping[str, float], bench: Scripted, error_of: Callable[[Path], float] = lambda _: 0.0
 ) -> Outcome:
     """What the loop makes of a rule that always takes every chain."""
-    table = rows(alone)
 
     def all_chains(_: Problem) -> tuple[Candidate, ...]:
-        return tuple(row.options[1] for row in table)
+        return tuple(next(option for option in options if option.chain is not None) for options in every)
 
-    def plan_of(chosen: Sequence[Candidate]) -> Plan:
-        return Plan("", tuple(Choice(c.key, c.key, c.method, c.rank) for c in chosen), ())
-
-    original, normalized = Contestant(ORIGINAL, "all"), Contestant(NORMALIZED, "all")
-    prediction = Prediction(table, bench.layers * DENSE_MS)
-    baseline = bench.race([original, normalized])
-    bench.raced.clear()
-    loop = Loop(cast(Bench, bench), prediction, baseline, all_chains, original, normalized, plan_of, error_of)
-    return loop.run(goal, 100.0, 100.0)
+    every = [row.options for row in rows(alone)]
+    return loop_over(alone, bench, error_of, all_chains).run(goal, 100.0, 100.0)
 
 
 def test_chains_that_gain_nothing_are_put_back_together() -> None:

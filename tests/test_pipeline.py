@@ -29,7 +29,8 @@ from roads import (
 
 from onnx_lowrank.errors import InputError, InvalidResultError
 from onnx_lowrank.goals import KeepMacs, KeepParams, LatencyMs, MaxError, Speedup
-from onnx_lowrank.pipeline import apply, optimize, plan, publish
+from onnx_lowrank.output import publish
+from onnx_lowrank.pipeline import apply, optimize, plan
 from onnx_lowrank.plan import PassSpec, Plan
 from onnx_lowrank.report.model import Report
 from onnx_lowrank.signature import signature_of

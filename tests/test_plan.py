@@ -33,6 +33,7 @@ PLANS = st.builds(
     passes=st.lists(SPECS, max_size=3).map(tuple),
     data_sha256=st.none() | TEXT,
     versions=st.dictionaries(TEXT, TEXT, max_size=2),
+    memory_limit=st.integers(1, 1 << 40),
 )
 
 
@@ -132,6 +133,10 @@ MEND = "expected a plan file; compare with a fresh one"
         (
             edited(lambda p: p.update(versions=[])),
             f"got plan with a bad field (AttributeError: 'list' object has no attribute 'items'); {MEND}",
+        ),
+        (
+            edited(lambda p: p.update(memory_limit=0)),
+            f"got plan with a bad field (ValueError: memory_limit 0); {MEND}",
         ),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,16 +11,16 @@ from builders import run_model, worst_error
 from formats import EVERY as METHODS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refits import halved, refitted, samples
 from roads import network, on_one_thread, ride
-from test_refit import halved, refitted, samples
 from walks import residual
 
-from onnx_lowrank.calibration import stops
 from onnx_lowrank.chain import Chain
 from onnx_lowrank.goals import KeepMacs
 from onnx_lowrank.graph.layers import layers
 from onnx_lowrank.graph.model import Graph
 from onnx_lowrank.layer import Array, LayerShape
+from onnx_lowrank.pipeline import apply
 from onnx_lowrank.row_space import RowSpace
 from onnx_lowrank.row_space import factorized as decomposed
 
@@ -99,11 +100,11 @@ def test_nothing_that_reaches_the_outputs_is_outside(shape: LayerShape, seed: in
     np.testing.assert_allclose(wide, weight, atol=1e-7)
 
 
-def test_refit_in_the_row_space_repairs_what_was_lost_upstream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    proto, given_samples = residual(), samples(96, "image", (3, 8, 8))
+def test_refit_in_the_row_space_repairs_what_was_lost_upstream(tmp_path: Path) -> None:
+    few = 8 * 20**2  # 3x3 convolutions have 108 inputs
+    proto, given_samples = residual(), replace(samples(96, "image", (3, 8, 8)), memory_limit=few)
     chosen = [halved(layer) for layer in layers(Graph(proto))[0]]
     feeds = {"image": np.random.default_rng(9).standard_normal((64, 3, 8, 8)).astype(np.float32)}
-    monkeypatch.setattr(stops, "MOST_BYTES", 8 * 20**2)  # 3x3 convolutions have 108 inputs
     errors: dict[bool, float] = {}
     for regress in (True, False):
         made, found = refitted(proto, chosen, given_samples, tmp_path, regress=regress)
@@ -112,14 +113,17 @@ def test_refit_in_the_row_space_repairs_what_was_lost_upstream(tmp_path: Path, m
     assert errors[True] <= errors[False]
 
 
-def test_a_network_with_layers_too_large_for_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_with_layers_too_large_for_moments(tmp_path: Path) -> None:
     proto = network(32)
     images = np.random.default_rng(0).standard_normal((96, 3, 16, 16)).astype(np.float32)
     np.savez(tmp_path / "c.npz", image=images)
     (tmp_path / "free").mkdir()
     free = ride(proto, tmp_path / "free", on_one_thread(KeepMacs(0.6)))
-    monkeypatch.setattr(stops, "MOST_BYTES", 8 * 64**2)
-    made = ride(proto, tmp_path, on_one_thread(KeepMacs(0.6), calibration=tmp_path / "c.npz"))
+    asked = on_one_thread(KeepMacs(0.6), calibration=tmp_path / "c.npz", memory_limit=8 * 64**2)
+    made = ride(proto, tmp_path, asked)
+    again = tmp_path / "again.onnx"
+    apply(made.source, made.plan, again, calibration=tmp_path / "c.npz")
+    assert again.read_bytes() == made.out.read_bytes(), "apply takes moments as the plan was made with"
     factorized = [row for row in made.report.layers if row.decision == "factorized"]
     assert all("not calibrated" not in row.reason for row in factorized)
     assert "svd" in {row.method for row in factorized}

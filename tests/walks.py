@@ -11,6 +11,7 @@ from roads import node
 from onnx_lowrank.calibration.stops import Stop, stops
 from onnx_lowrank.graph.layers import layers
 from onnx_lowrank.graph.model import Graph
+from onnx_lowrank.plan import MEMORY_LIMIT
 
 
 def weight(*shape: int, seed: int = 0, scale: float = 1.0) -> NDArray[np.float32]:
@@ -108,7 +109,7 @@ def embedding() -> ModelProto:
 def stopping(proto: ModelProto) -> tuple[Graph, dict[str, Stop]]:
     """The graph, and the stops of all its layers."""
     graph = Graph(proto)
-    return graph, stops(graph, layers(graph)[0])
+    return graph, stops(graph, layers(graph)[0], MEMORY_LIMIT)
 
 
 def sequences(size: int) -> ModelProto:

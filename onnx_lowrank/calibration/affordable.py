@@ -62,7 +62,8 @@ def carried(samples: Samples, graph: Graph, target: Target, folder: Path) -> flo
         target: Where parts of it run.
         folder: An empty folder.
     """
-    path = route(graph, {key: stop.operand for key, stop in stops(graph, layers(graph, check=False)[0]).items()})
+    found = stops(graph, layers(graph, check=False)[0], samples.memory_limit)
+    path = route(graph, {key: stop.operand for key, stop in found.items()})
     front, count, first = Front(folder, target), Counter[Shapes](), dict[Shapes, int]()
     for feeds, _, rows in samples.batches():
         shapes = _shapes(feeds, samples.fit.whole)

@@ -72,7 +72,8 @@ def grams(
     Raises:
         CannotCutError: if something would have to be carried along that is no array.
     """
-    found = {key: stop for key, stop in stops(graph, layers).items() if not stop.in_row_space}
+    every = stops(graph, layers, samples.memory_limit)
+    found = {key: stop for key, stop in every.items() if not stop.in_row_space}
     path = route(graph, {key: stop.operand for key, stop in found.items()})
     front, moments = Front(folder, target), InputMoments(found, path, len(samples.fit))
     fitting: dict[int, Fed] = {}

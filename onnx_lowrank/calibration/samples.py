@@ -10,6 +10,7 @@ from onnx_lowrank.batching import safe_batch
 from onnx_lowrank.calibration.unfold import Counted
 from onnx_lowrank.data import Dataset
 from onnx_lowrank.padding import Padding, padding
+from onnx_lowrank.plan import MEMORY_LIMIT
 from onnx_lowrank.signature import Feeds
 from onnx_lowrank.target import Target
 
@@ -29,6 +30,7 @@ class Samples:
         largest_batch: Samples that may be run at once; see `suited`.
         padding: Where the samples are padding; None: nowhere.
         unused: How many more there were.
+        memory_limit: Bytes that moments of one layer may take.
     """
 
     fit: Dataset
@@ -36,6 +38,7 @@ class Samples:
     largest_batch: int = LARGEST_BATCH
     padding: Padding | None = None
     unused: int = 0
+    memory_limit: int = MEMORY_LIMIT
 
     def __len__(self) -> int:
         return len(self.fit) + len(self.judge)

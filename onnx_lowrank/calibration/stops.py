@@ -61,21 +61,23 @@ class Stop:
         return Fit(arrays, np.einsum("gsn,gn->gs", lost, inputs).reshape(-1))
 
 
-# Moments of one layer; those of a layer with more inputs than that are taken in the row space of its weight.
-MOST_BYTES = 1 << 30
+def stops(graph: Graph, layers: Iterable[Layer], most: int) -> dict[str, Stop]:
+    """Node key -> stop, for every layer the walk can stop at; `obstacles` says why it cannot at the others.
 
-
-def stops(graph: Graph, layers: Iterable[Layer]) -> dict[str, Stop]:
-    """Node key -> stop, for every layer the walk can stop at; `obstacles` says why it cannot at the others."""
+    Args:
+        graph: The network.
+        layers: Its layers.
+        most: Bytes that moments of one layer may take.
+    """
     nodes = _in_main(graph)
-    found = {layer.nodes[0]: _stop(layer, nodes) for layer in layers}
+    found = {layer.nodes[0]: _stop(layer, nodes, most) for layer in layers}
     return {key: stop for key, stop in found.items() if isinstance(stop, Stop)}
 
 
-def obstacles(graph: Graph, layers: Iterable[Layer]) -> dict[str, str]:
-    """Layer key -> why the walk cannot stop at it, in words, for every layer it cannot stop at."""
+def obstacles(graph: Graph, layers: Iterable[Layer], most: int) -> dict[str, str]:
+    """Layer key -> why the walk cannot stop at it, in words, for every layer it cannot stop at; see `stops`."""
     nodes = _in_main(graph)
-    found = {layer.key: _stop(layer, nodes) for layer in layers}
+    found = {layer.key: _stop(layer, nodes, most) for layer in layers}
     return {key: why for key, why in found.items() if isinstance(why, str)}
 
 
@@ -86,7 +88,7 @@ def _in_main(graph: Graph) -> dict[str, Place]:
     return {key: (scope, node) for scope, node, key in keyed_nodes(graph) if scope is graph.main}
 
 
-def _stop(layer: Layer, nodes: Mapping[str, Place]) -> Stop | str:
+def _stop(layer: Layer, nodes: Mapping[str, Place], most: int) -> Stop | str:
     """The stop at a layer, or why there is none."""
     key, shape = layer.nodes[0], layer.shape
     if len(layer.nodes) > 1:  # one weight that meets several inputs
@@ -94,13 +96,13 @@ def _stop(layer: Layer, nodes: Mapping[str, Place]) -> Stop | str:
     if key not in nodes:
         return "it is in the body of an If, Loop or Scan"
     size = min(shape.inputs, shape.out)
-    if (needed := 8 * shape.groups * size**2) > MOST_BYTES:
-        return f"{shape.inputs} inputs, {shape.out} outputs: moments would take {needed / 1e9:.1f} GB"
+    if (needed := 8 * shape.groups * size**2) > most:
+        return f"its moments would take {needed} bytes, and --memory-limit is {most}"
     use = applied(*nodes[key])
     if isinstance(use, str):
         return use
     slot = bias_slot(*nodes[key], use)
     if slot is None and use.form.bias:  # it would be fitted as if it came from the input
         return "its bias is not one constant value per output"
-    large = 8 * shape.groups * shape.inputs**2 > MOST_BYTES
+    large = 8 * shape.groups * shape.inputs**2 > most
     return Stop(layer, use.activation_operand, slot, in_row_space=large)

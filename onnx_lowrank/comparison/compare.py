@@ -23,7 +23,7 @@ from onnx_lowrank.latency.chains import ChainTimer
 from onnx_lowrank.latency.environment import environment
 from onnx_lowrank.latency.grid import channel_block
 from onnx_lowrank.latency.table import LatencyTable
-from onnx_lowrank.pipeline import check_paths
+from onnx_lowrank.output import check_paths
 from onnx_lowrank.plan import PassSpec
 from onnx_lowrank.progress import Phases
 from onnx_lowrank.providers import require_provider
@@ -33,7 +33,7 @@ from onnx_lowrank.search.factorizations import FactorizationCache
 from onnx_lowrank.search.matched import MatchedGrid, worth_pricing
 from onnx_lowrank.search.prepare import Prepared, prepare, tuned_for
 from onnx_lowrank.search.pricing import decomposed, grids
-from onnx_lowrank.search.source import Source, read_source
+from onnx_lowrank.search.source import Source, source_of
 from onnx_lowrank.search.table import Row, price
 from onnx_lowrank.settings import Settings
 
@@ -70,9 +70,7 @@ def compare(
         check_paths(path, model, settings.calibration, settings.eval)
     require_provider(settings.target)
     with phases.phase("read"):
-        source = read_source(
-            model, settings.calibration, settings.eval, preprocess=settings.preprocess, limit=settings.samples
-        )
+        source = source_of(model, settings)
         for path in (*beside, *([] if models is None else [models / "model.onnx"])):
             io.spare_sources(source.graph, path)
     deadline = math.inf if settings.time_limit is None else time.monotonic() + settings.time_limit

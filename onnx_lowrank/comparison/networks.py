@@ -17,7 +17,7 @@ from onnx_lowrank.goals import Goal, Speedup
 from onnx_lowrank.latency.chains import ChainTimer
 from onnx_lowrank.latency.measure import Paired
 from onnx_lowrank.metrics import Scores
-from onnx_lowrank.pipeline import publish
+from onnx_lowrank.output import publish
 from onnx_lowrank.progress import Phases
 from onnx_lowrank.report.assemble import assemble
 from onnx_lowrank.report.model import Report

@@ -21,8 +21,8 @@ from onnx_lowrank.report.build import layer_rows
 from onnx_lowrank.report.model import Accuracy, Dropped, GoalRow, Latency, Report, Size
 from onnx_lowrank.runtime import UnsupportedTypeError
 from onnx_lowrank.search.analysis import REPORT_SEED, Analysis
+from onnx_lowrank.search.attempt import GOAL_SHARE
 from onnx_lowrank.search.bisection import first_difference
-from onnx_lowrank.search.loop import GOAL_SHARE
 from onnx_lowrank.search.source import Source
 from onnx_lowrank.search.survey import survey
 from onnx_lowrank.settings import Settings

@@ -54,7 +54,7 @@ def data_free_layers(analysis: Analysis) -> dict[str, str] | None:
     table = analysis.bench.table
     if table is None:
         return None
-    why = obstacles(analysis.bench.graph, table.layers)
+    why = obstacles(analysis.bench.graph, table.layers, table.calibration.samples.memory_limit)
     left_out = (layer.key for layer in table.layers if layer.key not in table.means)
     return {key: why.get(key, "its input is the same for all samples") for key in left_out}
 

@@ -14,10 +14,10 @@ from onnx_lowrank.allocators import Allocator
 from onnx_lowrank.calibration.walk import CannotCutError
 from onnx_lowrank.candidates import Candidate
 from onnx_lowrank.errors import InputError, NonFiniteResultError
-from onnx_lowrank.goals import KeepMacs, KeepParams, MaxDrop
+from onnx_lowrank.goals import Goal, KeepMacs, KeepParams, LatencyMs, MaxDrop, Speedup
 from onnx_lowrank.latency.chains import Pricer
 from onnx_lowrank.latency.measure import Paired
-from onnx_lowrank.plan import CALIBRATED, DATA_FREE, REFIT, Choice, PassSpec, Plan
+from onnx_lowrank.plan import CALIBRATED, DATA_FREE, MEMORY_LIMIT, REFIT, Choice, PassSpec, Plan
 from onnx_lowrank.progress import Phases
 from onnx_lowrank.runtime import versions
 from onnx_lowrank.search.attempt import Attempt, Outcome
@@ -84,6 +84,7 @@ class Analysis:
         bench: Realises plans.
         timer: Counts the chains that were timed and dropped.
         outcome: The best choice.
+        loop: What found it.
     """
 
     source: Source
@@ -92,6 +93,27 @@ class Analysis:
     bench: Bench
     timer: Pricer
     outcome: Outcome
+    loop: Loop
+
+    def nearer(self, goal: Goal, speedup: float, low_rank_speedup: float) -> Analysis | None:
+        """What the search finds when it goes on, its model being finished and slower than a goal of speed wants.
+
+        Args:
+            goal: The goal.
+            speedup: Of the finished model over the original.
+            low_rank_speedup: Of it over the normalized model.
+
+        Returns:
+            The search with a faster model; None where it had not reached the goal itself, has no time, or finds none.
+        """
+        if not (isinstance(goal, Speedup | LatencyMs) and self.outcome.reached) or self.bench.late:
+            return None
+        with self.bench.phases.phase("search"):
+            found = self.loop.nearer(goal, self.outcome.best, speedup / low_rank_speedup, low_rank_speedup)
+        if found is None:
+            return None
+        note = f"the first model found was {speedup:.3f}x as fast when it was finished: a faster one was looked for"
+        return replace(self, outcome=found, ready=replace(self.ready, notes=(*self.ready.notes, note)))
 
     def keeping_all(self, reason: str, *, reached: bool) -> Analysis:
         """The same with the original as it is, for when the best model found must not be written."""
@@ -193,7 +215,7 @@ def pursue(
             else (Loop if foretell else Straight)(*parts)
         )
         outcome = loop.run(settings.goal, *ground.totals(settings))
-    return Analysis(source, ready, ground.rows, bench, timer, outcome)
+    return Analysis(source, ready, ground.rows, bench, timer, outcome, loop)
 
 
 def _prediction(rows: Sequence[Row], normalized_ms: float, ready: Prepared, timer: Pricer) -> Prediction:
@@ -217,7 +239,9 @@ def _plan(source: Source, ready: Prepared, chosen: Sequence[Candidate], fit: str
     methods = ready.methods.values()
     optional = [PassSpec(m.name, asdict(m)) for m in methods if m.name in used and asdict(m)]  # pyright: ignore[reportArgumentType] - decompositions are dataclasses
     data = source.data.sha256 if source.data else None
-    return Plan(source.sha256, choices, (*graph_passes, *optional), data, versions(), fit)
+    limit = MEMORY_LIMIT if source.samples is None else source.samples.memory_limit
+    passes = (*graph_passes, *optional)
+    return Plan(source.sha256, choices, passes, data, versions(), fit, memory_limit=limit)
 
 
 def _drop_of(source: Source, settings: Settings) -> Callable[[Path], float]:

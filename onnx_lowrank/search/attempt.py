@@ -7,10 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onnx_lowrank.candidates import Candidate
+from onnx_lowrank.goals import Goal, Speedup
 from onnx_lowrank.latency.measure import Paired
 from onnx_lowrank.pass_manager import PassRecord
 from onnx_lowrank.plan import Plan
 from onnx_lowrank.search.prediction import Prediction
+
+# A speed goal counts as reached when the lower 95 % bound is at least this share of it.
+GOAL_SHARE = 0.98
+# The search goes on until the bound is at least this share: the finished model is timed once more, and noise remains.
+SAFE_SHARE = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +50,12 @@ class Attempt:
         """Predicted damage."""
         return loss_of(self.chosen)
 
+    @property
+    def timed(self) -> Paired:
+        """The race of an attempt that is known to have been timed."""
+        assert self.race is not None  # noqa: S101 - only timed attempts come here
+        return self.race
+
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
@@ -69,10 +81,18 @@ def same(a: Sequence[Candidate], b: Sequence[Candidate]) -> bool:
 
 def scaled_ms(attempt: Attempt, prediction: Prediction) -> float:
     """Measured latency on the scale of the prediction: the machine's speed drifts, ratios hold."""
-    assert attempt.race is not None  # noqa: S101 - only timed attempts come here
-    return prediction.normalized_ms / attempt.race.ratio(1, 2).value
+    return prediction.normalized_ms / attempt.timed.ratio(1, 2).value
 
 
 def loss_of(chosen: Sequence[Candidate]) -> float:
     """Predicted damage of a choice."""
     return sum(candidate.loss for candidate in chosen)
+
+
+def standing(goal: Goal, attempt: Attempt) -> tuple[bool, float]:
+    """Whether a timed attempt reaches a speed goal, and its lower bound as a multiple of the goal."""
+    if isinstance(goal, Speedup):
+        share = attempt.timed.ratio(0, 2).low / goal.value
+    else:
+        share = goal.value / attempt.timed.timings[2].ci95_ms[1]
+    return share >= SAFE_SHARE, share

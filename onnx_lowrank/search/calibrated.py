@@ -94,7 +94,7 @@ class CalibratedTable:
 
     def rows(self) -> list[Row]:
         """Walk through the network and make every layer's row."""
-        self.stops = stops(self.graph, self.layers)
+        self.stops = stops(self.graph, self.layers, self.calibration.samples.memory_limit)
         path = route(self.graph, {key: stop.operand for key, stop in self.stops.items()})
         made: dict[str, Row] = {}
         with tempfile.TemporaryDirectory(prefix="calibrate-", dir=self.calibration.folder) as room:

@@ -13,7 +13,7 @@ from onnx_lowrank.goals import Goal, KeepMacs, KeepParams, LatencyMs, Speedup
 from onnx_lowrank.latency.child import MeasuringError
 from onnx_lowrank.latency.measure import Paired
 from onnx_lowrank.plan import DATA_FREE, Plan
-from onnx_lowrank.search.attempt import Attempt, Outcome, loss_of, same, scaled_ms
+from onnx_lowrank.search.attempt import Attempt, Outcome, loss_of, same, scaled_ms, standing
 from onnx_lowrank.search.bench import Bench
 from onnx_lowrank.search.guard import doubtful, guarded
 from onnx_lowrank.search.prediction import NEIGHBOUR, Prediction, size_problem
@@ -24,10 +24,6 @@ logger = logging.getLogger(__name__)
 ROUNDS = 5
 ERROR_PROBES = 7
 ALLOCATIONS = 12
-# A speed goal counts as reached when the lower 95 % bound is at least this share of it.
-GOAL_SHARE = 0.98
-# The search goes on until the bound is at least this share: the finished model is timed once more, and noise remains.
-SAFE_SHARE = 1.0
 # Aim this much beyond a speed goal: a model that lands exactly on it misses by noise half of the time.
 AIM = 1.02
 # Choose by this share of an error limit: the samples it is reported on are others.
@@ -81,49 +77,71 @@ class Loop:
         except MeasuringError as error:
             return self._kept(f"the model found was not chosen: {error.reason}", reached=False)
 
+    def nearer(self, goal: Goal, missed: Attempt, before: float, low_rank: float) -> Outcome | None:
+        """Search on from a model that, finished and timed once more, missed a goal of speed it had reached.
+
+        Args:
+            goal: The goal.
+            missed: The model.
+            before: Latency of the original as a multiple of the normalized model's.
+            low_rank: Latency of the normalized model as a multiple of the finished one's.
+
+        Returns:
+            A model that reaches the goal; None if none was found.
+        """
+        prediction = self.prediction.learned(missed.chosen, self.prediction.normalized_ms / low_rank)
+        attempts = self._attempts(goal, prediction, self._wanted(goal, before), [missed.chosen])
+        return self._pick(goal, attempts) if any(standing(goal, attempt)[0] for attempt in attempts) else None
+
     def _fast_enough(self, goal: Goal) -> Outcome:
-        prediction, attempts = self.prediction, list[Attempt]()
-        wanted = self._wanted(goal, self.baseline)
+        wanted = self._wanted(goal, self.baseline.ratio(0, 1).value)
+        return self._pick(goal, self._attempts(goal, self.prediction, wanted))
+
+    def _attempts(
+        self, goal: Goal, prediction: Prediction, wanted: float, missed: Sequence[Sequence[Candidate]] = ()
+    ) -> list[Attempt]:
+        """Models allocated for `wanted` milliseconds and timed, each by what the one before taught."""
+        attempts = list[Attempt]()
         for _ in range(ROUNDS):
             chosen = self.allocator(prediction.problem(wanted / AIM))
-            if any(same(chosen, old.chosen) for old in attempts):
+            if any(same(chosen, old) for old in (*missed, *(attempt.chosen for attempt in attempts))):
                 break
             try:
                 attempt = self.timed(self._attempt(chosen, prediction))
             except MeasuringError as error:
-                if not attempts:
+                if not attempts and not missed:
                     raise
                 logger.warning("one of the models found was not chosen: %s", error.reason)
                 break
             attempts.append(attempt)
             measured = scaled_ms(attempt, prediction)
             logger.info("predicted %.3f ms, measured %.3f ms", attempt.predicted_ms, measured)
-            wanted = self._wanted(goal, attempt.race)
-            reached, excess = _standing(goal, attempt)
+            wanted = self._wanted(goal, attempt.timed.ratio(0, 1).value)
+            reached, excess = standing(goal, attempt)
             if (reached and excess <= OVERSHOOT) or self.bench.late:
                 break
             prediction = prediction.learned(chosen, measured)
-        return self._pick(goal, attempts)
+        return attempts
 
-    def _wanted(self, goal: Goal, race: Paired | None) -> float:
-        """Latency the model must have, on the scale of the prediction."""
-        if race is None or isinstance(goal, LatencyMs):
+    def _wanted(self, goal: Goal, before: float) -> float:
+        """Latency the model must have, on the scale of the prediction; `before`: as in `nearer`."""
+        if isinstance(goal, LatencyMs):
             return goal.value
         # In ratios: the machine may run at another speed now than when the table was priced.
-        return self.prediction.normalized_ms * race.ratio(0, 1).value / goal.value
+        return self.prediction.normalized_ms * before / goal.value
 
     def _pick(self, goal: Goal, attempts: Sequence[Attempt]) -> Outcome:
-        reached = [attempt for attempt in attempts if _standing(goal, attempt)[0]]
+        reached = [attempt for attempt in attempts if standing(goal, attempt)[0]]
         if reached:
             best = min(reached, key=lambda attempt: attempt.loss)
-            best, back = self._guarded(best, lambda other: _standing(goal, other)[0])
+            best, back = self._guarded(best, lambda other: standing(goal, other)[0])
             return Outcome(best, reached=True, reason="measured", put_back=back)
-        best = max(attempts, key=lambda attempt: _standing(goal, attempt)[1])
+        best = max(attempts, key=lambda attempt: standing(goal, attempt)[1])
         if best.race is not None and best.race.ratio(1, 2).value <= 1:
             reason = f"nothing was faster than keeping every layer (best found: {best.race.ratio(1, 2)})"
             return self._kept(reason, reached=False)
         best, back = self._guarded(best, lambda _: True)
-        if _standing(goal, best)[0]:
+        if standing(goal, best)[0]:
             return Outcome(best, reached=True, reason="measured", put_back=back)
         speed = best.race.ratio(0, 2) if best.race else None
         limit = f"the fastest choice of all layers is predicted at {self.prediction.fastest_ms():.3g} ms"
@@ -273,13 +291,3 @@ class Loop:
         """The attempt with original, normalized and its model run in turns."""
         final = self.bench.racer.best_level(attempt.path)
         return replace(attempt, level=final.level, race=self.bench.racer.race([self.original, self.normalized, final]))
-
-
-def _standing(goal: Goal, attempt: Attempt) -> tuple[bool, float]:
-    """Whether a timed attempt reaches a speed goal, and its lower bound as a multiple of the goal."""
-    assert attempt.race is not None  # noqa: S101 - only timed attempts come here
-    if isinstance(goal, Speedup):
-        share = attempt.race.ratio(0, 2).low / goal.value
-    else:
-        share = goal.value / attempt.race.timings[2].ci95_ms[1]
-    return share >= SAFE_SHARE, share

@@ -12,6 +12,8 @@ from onnx_lowrank.data import Dataset, read_samples
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.graph import io
 from onnx_lowrank.graph.model import Graph
+from onnx_lowrank.plan import MEMORY_LIMIT
+from onnx_lowrank.settings import Settings
 from onnx_lowrank.signature import Signature, signature_of
 
 logger = logging.getLogger(__name__)
@@ -57,6 +59,18 @@ class Source:
         return None if self.labelled is None else self.labelled.split(0.5, SPLIT_SEED)
 
 
+def source_of(model: Path, settings: Settings) -> Source:
+    """The model and the data that a user's settings name; see `read_source`."""
+    return read_source(
+        model,
+        settings.calibration,
+        settings.eval,
+        preprocess=settings.preprocess,
+        limit=settings.samples,
+        memory_limit=settings.memory_limit,
+    )
+
+
 def read_source(
     path: Path,
     calibration: Path | str | None = None,
@@ -64,6 +78,7 @@ def read_source(
     *,
     preprocess: str | None = None,
     limit: int | None = None,
+    memory_limit: int = MEMORY_LIMIT,
 ) -> Source:
     """Read a model and the data that go with it.
 
@@ -73,6 +88,7 @@ def read_source(
         labelled: Labelled samples; those of `calibration` that are among them are left out.
         preprocess: How images become arrays.
         limit: How many of `calibration` to use at most.
+        memory_limit: Bytes that moments of one layer may take.
 
     Raises:
         InputError: if a file cannot be used; the model is looked at first.
@@ -90,6 +106,7 @@ def read_source(
     if data is not None:
         try:
             samples, held_out = divided(data, SPLIT_SEED)
+            samples = replace(samples, memory_limit=memory_limit)
         except InputError as error:
             logger.warning("no calibration: %s", error)
     return Source(path, graph, io.model_sha256(path), signature, data, samples, held_out, labels)
