@@ -3,8 +3,8 @@
 Two copies of the network are walked through side by side, layer by layer in graph order. At a layer, c are the unfolded
 inputs from the *compressed* network and y the outputs of the *original* one (Zhang et al., TPAMI 2016, section 3.2;
 here for every chain, not only the two-stage one), so that a layer repairs what the layers before it lost. Where y is
-added to the other branch of a residual sum, it is the *sum* that shall be right. Layers that are not factored are
-fitted too, once something before them has changed. `regression` does one layer.
+added to the other branch of a residual sum, it is the *sum* that shall be right. Layers that are not factored keep
+their weights. `regression` does one layer.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def chosen_layers(
     methods: Mapping[str, Decomposition],
     known: Mapping[tuple[str, str], Factorization] = MappingProxyType({}),
 ) -> list[Chosen]:
-    """What a plan makes of those of `layers` it names, kept ones included.
+    """What a plan makes of those of `layers` that it factors.
 
     Args:
         layers: The layers.
@@ -53,9 +53,9 @@ def chosen_layers(
         methods: Decompositions by name.
         known: Factorizations of their weights by layer key and method, where there are some.
     """
-    choices = {choice.key: choice for choice in plan.layers}
+    choices = {choice.key: choice for choice in plan.layers if not choice.keeps}
     named = ((layer, choices[layer.key]) for layer in layers if layer.key in choices)
-    return [Chosen(layer) if c.keeps else Chosen(layer, methods[c.method], c.rank, known) for layer, c in named]
+    return [Chosen(layer, methods[choice.method], choice.rank, known) for layer, choice in named]
 
 
 def refit(
@@ -72,7 +72,7 @@ def refit(
 
     Args:
         graph: The normalized model; it is not changed.
-        chosen: All layers, and what they become.
+        chosen: The layers that are factored, and what they become.
         samples: To fit and to judge.
         target: Where to run.
         folder: For activations, while it runs.
@@ -84,7 +84,7 @@ def refit(
         that is computed) are not in it and stay data-free.
     """
     found: dict[str, Refitted] = {}
-    if all(one.method is None for one in chosen):
+    if not chosen:
         return found
     twin = _twin(graph)
     with tempfile.TemporaryDirectory(prefix="refit-", dir=folder) as room:
@@ -97,7 +97,7 @@ def refit(
 
 def arrays(found: Mapping[str, Refitted]) -> dict[str, Fit]:
     """What `Factor` needs of a refit."""
-    return {key: one.fit for key, one in found.items() if one.fit is not None}
+    return {key: one.fit for key, one in found.items()}
 
 
 class _Walk:
@@ -120,9 +120,8 @@ class _Walk:
         self.stops = {key: stop for key, stop in found.items() if self._fittable(stop)}
         self.path = route(original, {key: stop.operand for key, stop in self.stops.items()})
         fitted = {self.stops[cut.key].layer.key for cut in self.path.cuts}
-        rest = [one for one in chosen if one.method is not None and one.layer.key not in fitted]
+        rest = [one for one in chosen if one.layer.key not in fitted]
         splice(compressed, [_replacement(one, Fit(one.factors(one.layer.read()))) for one in rest])
-        self.changed = bool(rest)
         self.fronts = (Front(_made(folder / "original"), target), Front(_made(folder / "compressed"), target))
         self.fits: list[bool] = []
         self.fed: list[Fed] = []
@@ -136,37 +135,29 @@ class _Walk:
 
     def _fittable(self, stop: Stop) -> bool:
         """Whether moments tell what the layer's chain needs; those in a row space say too little for most formats."""
-        method = self.chosen[stop.layer.key].method
-        return not stop.in_row_space or method is None or method.whole_rows
+        return not stop.in_row_space or self.chosen[stop.layer.key].method.whole_rows
 
     def step(self, number: int) -> dict[str, Refitted]:
         """Fit what one layer becomes, put it into the compressed network, and move on."""
         cut, front = self.path.cuts[number], self.path.fronts[number + 1]
         stop = self.stops[cut.key]
         one = self.chosen[stop.layer.key]
-        found: dict[str, Refitted] = {}
-        if one.method is None and not (self.changed and self.regress):
-            self.fronts[0].advance(self.original, front)
-        else:
-            channels = one.layer.shape.groups * one.layer.shape.out
-            inside = None if stop.slot is None else stop.slot.inside(channels)
-            space = stop.space
-            result = fit_chain(
-                one if space is None else one.in_space(space),
-                self._data(cut, one, front, space),
-                inside,
-                regress=self.regress,
-            )
-            if space is not None and result.fit is not None:
-                fit = replace(result.fit, factors=space.widened(result.fit.factors, one.chain))
-                result = replace(result, fit=fit)
-            logger.info("%s: %s, error %.4f -> %.4f", cut.key, result.what, result.error_before, result.error)
-            if result.fit is not None:
-                splice(self.compressed, [_replacement(one, result.fit)])
-                found[one.layer.key] = result
-                self.changed = True
+        channels = one.layer.shape.groups * one.layer.shape.out
+        inside = None if stop.slot is None else stop.slot.inside(channels)
+        space = stop.space
+        result = fit_chain(
+            one if space is None else one.in_space(space),
+            self._data(cut, one, front, space),
+            inside,
+            regress=self.regress,
+        )
+        if space is not None:
+            fit = replace(result.fit, factors=space.widened(result.fit.factors, one.chain))
+            result = replace(result, fit=fit)
+        logger.info("%s: %s, error %.4f -> %.4f", cut.key, result.what, result.error_before, result.error)
+        splice(self.compressed, [_replacement(one, result.fit)])
         self.fronts[1].advance(self.compressed, front)
-        return found
+        return {one.layer.key: result}
 
     def _data(self, cut: Cut, one: Chosen, front: Sequence[str], space: RowSpace | None) -> LayerData:
         """Inputs in the compressed and wanted outputs from the original network; the original moves on."""

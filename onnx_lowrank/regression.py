@@ -34,25 +34,24 @@ GAIN = 0.005
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
-    """A layer of the graph that is walked through, and what it becomes: a chain, or itself with new weights.
+    """A layer of the graph that is walked through, and what it becomes.
 
     Args:
         layer: The layer.
-        method: The decomposition; None: the layer keeps its shape.
+        method: The decomposition.
         rank: Of the decomposition.
         known: Factorizations of weights by layer key and method; where there is none for this layer it is made.
     """
 
     layer: Layer
-    method: Decomposition | None = None
-    rank: Rank = ()
+    method: Decomposition
+    rank: Rank
     known: Mapping[tuple[str, str], Factorization] = field(default_factory=dict[tuple[str, str], Factorization])
 
     @property
     def chain(self) -> Chain:
         """Shapes of the chain."""
-        shape = self.layer.shape
-        return Chain.unfactored(shape) if self.method is None else self.method.chain(shape, self.rank)
+        return self.method.chain(self.layer.shape, self.rank)
 
     def in_space(self, space: RowSpace) -> Chosen:
         """The same of the matrix that stands for the layer in the row space of its weight."""
@@ -61,8 +60,6 @@ class Chosen:
     def factors(self, weight: Array, gram: Array | None = None) -> tuple[Array, ...]:
         """The chain nearest to `weight`, in the metric of `gram` where it is given."""
         weight = weight.reshape(self.layer.shape.weight)
-        if self.method is None:
-            return (weight,)
         return tuple(self.method.factorize(weight, gram, most=self.rank).factors(self.rank))
 
     def started(self, weight: Array, gram: Array) -> tuple[Callable[[], tuple[Array, ...]], tuple[Array, ...]]:
@@ -72,8 +69,6 @@ class Chosen:
             weight: The layer's, (groups, out, n).
             gram: (groups, n, n).
         """
-        if self.method is None:
-            return lambda: self.factors(weight), self.factors(weight)
         canonical = weight.reshape(self.layer.shape.weight)
         known = self.known.get((self.layer.key, self.method.name)) if self.method.by_rank else None
         made = None if known is None else known.in_metric(gram, self.rank)
@@ -82,10 +77,8 @@ class Chosen:
         return lambda: made.data_free(self.rank) or self.factors(weight), calibrated
 
     def refined(self, factors: Sequence[Array], weight: Array, gram: Array, sweeps: int) -> tuple[Array, ...]:
-        """Better factors, by at most `sweeps` sweeps of least squares; one factor alone is the weight itself."""
+        """Better factors, by at most `sweeps` sweeps of least squares."""
         weight = weight.reshape(self.layer.shape.weight)
-        if self.method is None:
-            return (weight,)
         return refine(self.chain, factors, weight, working(gram), sweeps=sweeps)
 
 
@@ -94,7 +87,7 @@ class Refitted:
     """The outcome for one layer.
 
     Args:
-        fit: The arrays; None where a layer that keeps its shape is best left alone.
+        fit: The arrays.
         error_before: Relative error of the layer's outputs on the judging samples without refit: the weight
             approximated on the inputs the compressed network gives.
         error: The same with `fit`; never larger.
@@ -102,7 +95,7 @@ class Refitted:
         regressed: Whether anything but approximating the weight was tried.
     """
 
-    fit: Fit | None
+    fit: Fit
     error_before: float
     error: float
     what: str
@@ -139,9 +132,7 @@ def fit_chain(one: Chosen, data: LayerData, inside: Array | None, *, regress: bo
         sums.add(block.inputs(), block.own)
     moments = sums.moments()
     if not moments.count:
-        return Refitted(
-            None if one.method is None else Fit(one.factors(weight)), math.nan, math.nan, "data-free: no rows"
-        )
+        return Refitted(Fit(one.factors(weight)), math.nan, math.nan, "data-free: no rows")
 
     def tried(what: str, factors: tuple[Array, ...], seen: Moments) -> _Try:
         matrix = one.chain.dense(factors).reshape(weight.shape)
@@ -151,30 +142,25 @@ def fit_chain(one: Chosen, data: LayerData, inside: Array | None, *, regress: bo
     free, calibrated = one.started(weight, moments.shrunk(centred=centred))
     plain = tried("whitened", calibrated, moments)
     bias = None if inside is None else inside.reshape(shape.groups, shape.out)
-    if one.method is None:
-        plain = replace(plain, what="kept", bias=bias, error=data.error(weight, bias))
     best = plain
     if regress:
         ridge, wanted = _regressed(weight, moments, data, centred=centred)
         what, found, start = f"regression, ridge {ridge.share:g}", [plain], plain.factors
         # A format that is fitted by iteration starts from the chain there is: this weight is not far from the first.
-        if one.method is None or not one.method.by_rank:
+        if not one.method.by_rank:
             found.append(tried(what, one.factors(wanted, ridge.gram), moments))
             start = found[-1].factors
-        if one.method is not None:
-            refined = one.refined(start, wanted, ridge.gram, SWEEPS)
-            found.append(tried(f"{what}, refined", refined, moments))
-            found.append(corrected := tried("data-free", free(), moments))
-            if centred:
-                error = data.error(corrected.matrix, bias)
-                found.append(replace(corrected, what="data-free, the bias as it was", bias=bias, error=error))
+        refined = one.refined(start, wanted, ridge.gram, SWEEPS)
+        found.append(tried(f"{what}, refined", refined, moments))
+        found.append(corrected := tried("data-free", free(), moments))
+        if centred:
+            error = data.error(corrected.matrix, bias)
+            found.append(replace(corrected, what="data-free, the bias as it was", bias=bias, error=error))
         best = min(found, key=lambda entry: entry.error)
         if data.relu:
             best = _relaxed(one, data, moments, ridge, best, tried)
-    kept = one.method is None and best is plain
     change = None if best.bias is None or inside is None else best.bias.reshape(-1) - inside
-    fit = None if kept else Fit(best.factors, change)
-    return Refitted(fit, plain.error, best.error, best.what, regress)
+    return Refitted(Fit(best.factors, change), plain.error, best.error, best.what, regress)
 
 
 def _relaxed(one: Chosen, data: LayerData, moments: Moments, ridge: _Ridge, best: _Try, tried: Try) -> _Try:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from threadpoolctl import threadpool_limits
 
-from onnx_lowrank.chain import Chain, Fit
+from onnx_lowrank.chain import Fit
 from onnx_lowrank.decomposition import Decomposition, Factorization, Rank
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.graph.layers import layers
@@ -52,8 +51,7 @@ class Factor(Pass):
         """
         by_key, chosen = self.checked(graph)
         with threadpool_limits(1):  # as when the candidates were decomposed: the same factors, bit for bit
-            chains = (self._replacement(by_key[choice.key], choice) for choice in chosen)
-            flushed = splice(graph, itertools.chain(chains, self._refitted(by_key, {c.key for c in chosen})))
+            flushed = splice(graph, [self._replacement(by_key[choice.key], choice) for choice in chosen])
         for key, count in flushed.items():
             if count:
                 log.info("%s: %d denormal weights set to zero", key, count)
@@ -95,13 +93,6 @@ class Factor(Pass):
             return Replacement(layer, method.chain(layer.shape, choice.rank), fit, stamp)
         cut = self.factorizations.get((layer.key, choice.method)) or method.factorize(layer.read())
         return Replacement(layer, method.chain(layer.shape, choice.rank), Fit(cut.factors(choice.rank)), stamp)
-
-    def _refitted(self, layers: Mapping[str, Layer], factored: Collection[str]) -> Iterator[Replacement]:
-        """Layers that keep their shape and get new weights."""
-        for key, fit in self.fits.items():
-            if key not in factored:
-                stamp = {"method": "refit", "plan": self.plan.digest}
-                yield Replacement(layers[key], Chain.unfactored(layers[key].shape), fit, stamp)
 
     def _error(self, choice: Choice, got: str, expected: str, do: str) -> InputError:
         return InputError(f"{got} for layer {choice.key!r} in the plan", expected, do)

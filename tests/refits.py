@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +13,9 @@ from onnx import ModelProto
 
 from onnx_lowrank.calibration.samples import Samples, divided
 from onnx_lowrank.data import Dataset, Part
-from onnx_lowrank.decomposition import Decomposition
+from onnx_lowrank.decomposition import Decomposition, Rank
 from onnx_lowrank.graph.model import Graph
-from onnx_lowrank.layer import Layer
+from onnx_lowrank.layer import Layer, LayerShape
 from onnx_lowrank.refit import arrays, refit
 from onnx_lowrank.regression import Chosen, Refitted
 from onnx_lowrank.rewrite import Replacement, splice
@@ -30,10 +30,15 @@ def samples(count: int, name: str, shape: tuple[int, ...], seed: int = 0) -> Sam
     return divided(Dataset((Part({name: values}),), frozenset(), None), 0)[0]
 
 
-def halved(layer: Layer, method: Decomposition = SVD) -> Chosen:
-    """The layer at half of the rank that is exact; kept where the method does not fit it."""
-    exact = method.exact_rank(layer.shape) if method.refusal(layer.shape) is None else None
-    return Chosen(layer) if exact is None else Chosen(layer, method, tuple(max(1, r // 2) for r in exact))
+def halved(layers: Iterable[Layer], method: Decomposition = SVD) -> list[Chosen]:
+    """Those of the layers that the method fits, at half of the rank that is exact."""
+    return [Chosen(layer, method, half) for layer in layers if (half := half_of(layer.shape, method)) is not None]
+
+
+def half_of(shape: LayerShape, method: Decomposition) -> Rank | None:
+    """Half of the rank that is exact; None where the method does not fit, or no rank is exact."""
+    exact = method.exact_rank(shape) if method.refusal(shape) is None else None
+    return None if exact is None else tuple(max(1, r // 2) for r in exact)
 
 
 def realised(proto: ModelProto, chosen: list[Chosen], found: Mapping[str, Refitted]) -> ModelProto:

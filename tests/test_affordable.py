@@ -101,6 +101,7 @@ def test_a_share_of_samples_of_several_shapes(batch: int | None, share: float) -
     assert used.unused == len(given) - len(used)
 
 
+@pytest.mark.usefixtures("quick")
 def test_the_report_says_so_and_apply_takes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MOST_CARRIED", 16 * NETWORKS * (WIDEST + HEADERS))
     model, data = tmp_path / "model.onnx", tmp_path / "data.npz"

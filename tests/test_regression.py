@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from formats import EVERY as METHODS
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto
-from refits import SVD, halved
+from refits import SVD, half_of, halved
 
 from onnx_lowrank.calibration.layer_data import Block, LayerData
 from onnx_lowrank.layer import Array, Form, Layer, LayerShape
@@ -66,15 +66,14 @@ def test_the_judged_error_never_rises(
     shape: LayerShape, method: str, seed: int, relu: bool, biased: bool, count: int
 ) -> None:
     layer = a_layer(shape, seed)
-    one, data = halved(layer, METHODS[method]), rows_of(layer, seed, count=count, relu=relu)
+    half = half_of(shape, METHODS[method])
+    assume(half is not None)
+    one, data = Chosen(layer, METHODS[method], half or ()), rows_of(layer, seed, count=count, relu=relu)
     inside = np.full(shape.groups * shape.out, 0.5) if biased else None
     plain, found = (fit_chain(one, data, inside, regress=regress) for regress in (False, True))
     assert found.error <= found.error_before
     assert plain.error == plain.error_before == found.error_before
     assert np.isfinite(found.error)
-    if found.fit is None:
-        assert one.method is None
-        return
     assert [f.shape for f in found.fit.factors] == [stage.weight for stage in one.chain.stages]
     assert all(np.isfinite(f).all() for f in found.fit.factors)
     matrix = one.chain.dense(found.fit.factors).reshape(shape.groups, shape.out, -1)
@@ -85,6 +84,7 @@ def test_the_judged_error_never_rises(
     assert data.error(matrix, bias) == pytest.approx(found.error, rel=1e-6)  # what is handed back is what was judged
 
 
+SMALL = LayerShape(1, 6, 4, (3, 3))
 SINGULAR = {
     "fewer rows than inputs": {"count": 2},
     "inputs in a plane": {"count": 50, "rank": 2},
@@ -93,18 +93,16 @@ SINGULAR = {
 
 
 @pytest.mark.parametrize("kind", SINGULAR)
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", sorted(name for name, method in METHODS.items() if half_of(SMALL, method)))
 def test_singular_moments_do_no_harm(kind: str, method: str) -> None:
-    layer = a_layer(LayerShape(1, 6, 4, (3, 3)), 1)
-    one = halved(layer, METHODS[method])
+    layer = a_layer(SMALL, 1)
+    (one,) = halved([layer], METHODS[method])
     for relu in (False, True):
         found = fit_chain(one, rows_of(layer, 2, relu=relu, **SINGULAR[kind]), np.full(6, 0.5))  # pyright: ignore[reportArgumentType]
-        assert found.fit is not None or one.method is None
         assert np.isfinite(found.error)
         assert found.error <= found.error_before
-        if found.fit is not None:
-            largest = max(float(np.abs(f).max()) for f in found.fit.factors)
-            assert largest < 100 * float(np.abs(layer.read()).max())
+        largest = max(float(np.abs(f).max()) for f in found.fit.factors)
+        assert largest < 100 * float(np.abs(layer.read()).max())
 
 
 @pytest.mark.parametrize("value", [0.0, 3.0])
@@ -138,7 +136,6 @@ def test_few_and_alike_samples_do_no_harm(count: int) -> None:
         one, bias = Chosen(layer, SVD, (12,)), np.full((1, 32), 0.5)
         free = one.chain.dense(one.factors(weight)).reshape(1, 32, 32)
         found = fit_chain(one, data, bias[0])
-        assert found.fit is not None
         assert found.fit.bias is not None
         assert found.error <= data.error(free, bias) * (1 + 1e-9)
         matrix = one.chain.dense(found.fit.factors).reshape(1, 32, 32)
@@ -169,11 +166,9 @@ def test_no_rows_at_all_leave_a_data_free_chain() -> None:
     layer = a_layer(LayerShape(1, 5, 7), 0)
     nothing = [Block(lambda: np.zeros((0, 1, 7)), np.zeros((0, 1, 5)), None)]
     found = fit_chain(Chosen(layer, SVD, (2,)), LayerData(nothing, nothing, relu=False), np.full(5, 0.5))
-    assert found.fit is not None
     assert found.fit.bias is None or not found.fit.bias.any()
     for got, wanted in zip(found.fit.factors, SVD.factorize(layer.read()).factors((2,)), strict=True):
         np.testing.assert_allclose(got, wanted)
-    assert fit_chain(Chosen(layer), LayerData([], [], relu=False), np.full(5, 0.5)).fit is None
 
 
 def test_relaxing_lowers_the_error_after_the_relu_on_its_own_data() -> None:
@@ -184,7 +179,6 @@ def test_relaxing_lowers_the_error_after_the_relu_on_its_own_data() -> None:
         one = Chosen(layer, SVD, (3,))
         linear = fit_chain(one, replace(own, relu=False), np.full(12, 0.5))
         relaxed = fit_chain(one, own, np.full(12, 0.5))
-        assert linear.fit is not None
         assert linear.fit.bias is not None
         matrix = one.chain.dense(linear.fit.factors).reshape(1, 12, 10)
         assert relaxed.error < own.error(matrix, (linear.fit.bias + 0.5)[None])
@@ -201,6 +195,6 @@ def test_the_other_branch_of_a_sum_is_repaired() -> None:
         return Block(lambda: c, y + 2 * c, c)  # the branch gave twice the input, and gives it once now
 
     data = LayerData([block(200)], [block(50)], relu=False)
-    found = fit_chain(Chosen(layer), data, None)
+    found = fit_chain(Chosen(layer, SVD, (8,)), data, None)
     assert found.error_before > 0.1
     assert found.error < 1e-3

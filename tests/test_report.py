@@ -9,23 +9,16 @@ import math
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 from rich.console import Console
 from roads import network, on_one_thread, save
-from tables import conv_layer
 
-from onnx_lowrank.candidates import keep
-from onnx_lowrank.chain import Fit
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.goals import KeepMacs
 from onnx_lowrank.pipeline import optimize
-from onnx_lowrank.regression import Refitted
-from onnx_lowrank.report.build import layer_rows
 from onnx_lowrank.report.model import Accuracy, GoalRow, Report
 from onnx_lowrank.report.terminal import show
 from onnx_lowrank.search.bisection import Blame
-from onnx_lowrank.search.table import Row
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -91,30 +84,6 @@ def test_a_missed_goal_a_busy_machine_and_a_blame_are_said(report: Report) -> No
     unnamed = dataclasses.replace(report, bisect=Blame(0.01, None, "no rewrite", 0.0, 0.001), latency=None)
     assert "bisect: no rewrite takes the error from 0 to 0.001" in words(shown(unnamed, 200))
     assert "latency" not in shown(unnamed, 200)
-
-
-def test_kept_layers_with_other_weights_are_told_apart(report: Report) -> None:
-    row = report.layers[0]
-    left = dataclasses.replace(row, name="left", decision="kept", reason="no chain was measured faster (the best: x)")
-    refitted = dataclasses.replace(
-        left, name="refitted", reason=f"{left.reason}; refitted: output error 0.2 -> 0.1", error_refit=0.1
-    )
-    text = words(shown(dataclasses.replace(report, layers=(left, refitted)), 200))
-    assert (
-        "kept left: no chain was measured faster kept, weights refitted refitted: no chain was measured faster" in text
-    )
-
-
-def test_a_refit_that_was_not_taken_is_none() -> None:
-    """A kept layer that is best left alone has its own weights, whatever was tried."""
-    layer = conv_layer("a", np.zeros((1, 4, 4, 1, 1), np.float32))
-    row = Row(layer, (keep(layer),), {"svd": "it is too small"})
-    fit = Fit((np.zeros(1),))
-    for taken, error_refit in ((None, None), (fit, 0.1)):
-        result = Refitted(taken, 0.1, 0.1, "itself")
-        (told,) = layer_rows([row], (), [], {"a": "a"}, by_time=True, source="measured", refitted={"a": result})
-        assert (told.error, told.error_refit) == (0.1, error_refit)
-        assert ("refitted" in told.reason) == (taken is not None)
 
 
 def test_names_are_never_read_as_markup(report: Report) -> None:

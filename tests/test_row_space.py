@@ -103,7 +103,7 @@ def test_nothing_that_reaches_the_outputs_is_outside(shape: LayerShape, seed: in
 def test_refit_in_the_row_space_repairs_what_was_lost_upstream(tmp_path: Path) -> None:
     few = 8 * 20**2  # 3x3 convolutions have 108 inputs
     proto, given_samples = residual(), replace(samples(96, "image", (3, 8, 8)), memory_limit=few)
-    chosen = [halved(layer) for layer in layers(Graph(proto))[0]]
+    chosen = halved(layers(Graph(proto))[0])
     feeds = {"image": np.random.default_rng(9).standard_normal((64, 3, 8, 8)).astype(np.float32)}
     errors: dict[bool, float] = {}
     for regress in (True, False):
@@ -113,6 +113,7 @@ def test_refit_in_the_row_space_repairs_what_was_lost_upstream(tmp_path: Path) -
     assert errors[True] <= errors[False]
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_network_with_layers_too_large_for_moments(tmp_path: Path) -> None:
     proto = network(32)
     images = np.random.default_rng(0).standard_normal((96, 3, 16, 16)).astype(np.float32)

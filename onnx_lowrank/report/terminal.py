@@ -48,17 +48,17 @@ def _factorized(report: Report) -> Table:
 
 def _kept(report: Report) -> list[Text]:
     """Kept nodes, those with the same reason on one line; figures of single nodes are in report.json."""
-    groups: dict[tuple[str, str], list[LayerRow]] = {}
+    groups: dict[str, list[LayerRow]] = {}
     for row in report.layers:
         if row.decision != "factorized":
-            lead = "kept " if row.error_refit is None else "kept, weights refitted "
-            reason = row.reason.partition("; refitted")[0].partition(" (")[0]
-            groups.setdefault((lead, reason), []).append(row)
+            groups.setdefault(row.reason.partition(" (")[0], []).append(row)
     lines: list[Text] = []
-    for (lead, reason), rows in groups.items():
+    for reason, rows in groups.items():
         names = ", ".join(row.name for row in rows[:NAMES_SHOWN])
         more = f" and {len(rows) - NAMES_SHOWN} more" if len(rows) > NAMES_SHOWN else ""
-        lines.append(Text(lead, style="dim").append(names + more, style="default").append(f": {reason}", style="dim"))
+        lines.append(
+            Text("kept ", style="dim").append(names + more, style="default").append(f": {reason}", style="dim")
+        )
     return lines
 
 
