@@ -27,6 +27,7 @@ from onnx_lowrank.calibration.walk import Cut, Front, Values, route
 from onnx_lowrank.chain import Fit
 from onnx_lowrank.decomposition import Decomposition, Factorization
 from onnx_lowrank.graph.keys import traceable
+from onnx_lowrank.graph.layers import layers
 from onnx_lowrank.graph.model import Graph
 from onnx_lowrank.layer import Array, Layer
 from onnx_lowrank.plan import Plan
@@ -116,10 +117,11 @@ class _Walk:
     ) -> None:
         self.original, self.compressed, self.samples, self.regress = original, compressed, samples, regress
         self.chosen = {one.layer.key: one for one in chosen}
-        found = stops(original, (one.layer for one in chosen), samples.memory_limit)
+        # Every layer is stopped at, fitted or not: what is carried is then what `affordable` has found room for.
+        found = stops(original, layers(original, check=False)[0], samples.memory_limit)
         self.stops = {key: stop for key, stop in found.items() if self._fittable(stop)}
-        self.path = route(original, {key: stop.operand for key, stop in self.stops.items()})
-        fitted = {self.stops[cut.key].layer.key for cut in self.path.cuts}
+        self.path = route(original, {key: stop.operand for key, stop in found.items()})
+        fitted = {self.stops[cut.key].layer.key for cut in self.path.cuts if cut.key in self.stops}
         rest = [one for one in chosen if one.layer.key not in fitted]
         splice(compressed, [_replacement(one, Fit(one.factors(one.layer.read()))) for one in rest])
         self.fronts = (Front(_made(folder / "original"), target), Front(_made(folder / "compressed"), target))
@@ -135,12 +137,17 @@ class _Walk:
 
     def _fittable(self, stop: Stop) -> bool:
         """Whether moments tell what the layer's chain needs; those in a row space say too little for most formats."""
-        return not stop.in_row_space or self.chosen[stop.layer.key].method.whole_rows
+        one = self.chosen.get(stop.layer.key)
+        return one is not None and (not stop.in_row_space or one.method.whole_rows)
 
     def step(self, number: int) -> dict[str, Refitted]:
         """Fit what one layer becomes, put it into the compressed network, and move on."""
         cut, front = self.path.cuts[number], self.path.fronts[number + 1]
-        stop = self.stops[cut.key]
+        stop = self.stops.get(cut.key)
+        if stop is None:
+            self.fronts[0].advance(self.original, front)
+            self.fronts[1].advance(self.compressed, front)
+            return {}
         one = self.chosen[stop.layer.key]
         channels = one.layer.shape.groups * one.layer.shape.out
         inside = None if stop.slot is None else stop.slot.inside(channels)

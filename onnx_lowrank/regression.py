@@ -141,7 +141,6 @@ def fit_chain(one: Chosen, data: LayerData, inside: Array | None, *, regress: bo
 
     free, calibrated = one.started(weight, moments.shrunk(centred=centred))
     plain = tried("whitened", calibrated, moments)
-    bias = None if inside is None else inside.reshape(shape.groups, shape.out)
     best = plain
     if regress:
         ridge, wanted = _regressed(weight, moments, data, centred=centred)
@@ -153,7 +152,8 @@ def fit_chain(one: Chosen, data: LayerData, inside: Array | None, *, regress: bo
         refined = one.refined(start, wanted, ridge.gram, SWEEPS)
         found.append(tried(f"{what}, refined", refined, moments))
         found.append(corrected := tried("data-free", free(), moments))
-        if centred:
+        if inside is not None:
+            bias = inside.reshape(shape.groups, shape.out)
             error = data.error(corrected.matrix, bias)
             found.append(replace(corrected, what="data-free, the bias as it was", bias=bias, error=error))
         best = min(found, key=lambda entry: entry.error)

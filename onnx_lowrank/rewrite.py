@@ -215,8 +215,7 @@ def _lowered(
     nodes = lower(use.form, chain, f"{node.name or y}/{chain.method}", x, y, bias, names)
     renamed = {name: graph.free_name(name) for new in nodes for name in new.output if name != y}
     for new in nodes:
-        # A layer that keeps its shape keeps its name.
-        new.name = node.name if len(chain.stages) == 1 and new is nodes[-1] else graph.free_name(new.name)
+        new.name = graph.free_name(new.name)
         new.input[:] = [renamed.get(name, name) for name in new.input]
         new.output[:] = [renamed.get(name, name) for name in new.output]
     return nodes

@@ -89,6 +89,11 @@ def rows(table: Path, where: str) -> int:
     return 0
 
 
+def losses(table: Path) -> dict[str, str]:
+    with connected(table, "ro") as connection:
+        return dict(connection.execute("SELECT key, value FROM fact WHERE key LIKE 'loss %'"))
+
+
 def forget(table: Path, where: str) -> None:
     with connected(table, "rw") as connection, connection:
         assert connection.execute(f"DELETE FROM {where}").rowcount > 0
@@ -112,3 +117,7 @@ def test_killed_and_started_again(name: str, undisturbed: Finished, tmp_path: Pa
     # Times that were measured anew are other times: what is promised is the model of a run with this very table.
     expected = finished(made_in(tmp_path / "again"), table) if TIMES in moment.forgotten else undisturbed.model
     assert resumed == expected
+    # And no loss that was remembered when the kill came is another one.
+    known, before = losses(table), losses(undisturbed.table)
+    assert known.keys() & before.keys()
+    assert all(known[key] == before[key] for key in known.keys() & before.keys())

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from builders import model, run_model, value
 from formats import EVERY as METHODS
-from onnx import ModelProto, helper
+from onnx import ModelProto, helper, numpy_helper
 from refits import SVD, TARGET, distance, halved, refitted, samples
-from roads import node, shared
+from roads import network, node, on_one_thread, ride, shared
 from walks import branching, embedding, residual, weight
 
 from onnx_lowrank.calibration.samples import divided
 from onnx_lowrank.data import Dataset, Part
+from onnx_lowrank.goals import KeepMacs
 from onnx_lowrank.graph.layers import layers
 from onnx_lowrank.graph.model import Graph
 from onnx_lowrank.refit import refit
@@ -50,14 +51,30 @@ def test_refit_repairs_what_was_lost_upstream(method: str, tmp_path: Path) -> No
     assert all(one.error <= one.error_before for one in found.values())
 
 
+def test_every_layer_is_stopped_at_so_that_no_more_is_carried_than_there_was_room_for(tmp_path: Path) -> None:
+    graph, told = Graph(residual()), list[tuple[int, int]]()
+    chosen = halved(layer for layer in layers(graph)[0] if layer.key == "one/b")
+    given = samples(16, *INPUTS["residual"])
+    assert refit(graph, chosen, given, TARGET, tmp_path, lambda *done: told.append(done)).keys() == {"one/b"}
+    assert told == [(i + 1, 6) for i in range(6)]
+
+
+@pytest.mark.usefixtures("quick")
 def test_layers_that_are_not_factored_keep_their_weights(tmp_path: Path) -> None:
-    proto = residual()
-    chosen = halved(layer for layer in layers(Graph(proto))[0] if layer.key == "one/b")
-    made, found = refitted(proto, chosen, samples(64, *INPUTS["residual"]), tmp_path)
-    assert set(found) == {"one/b"}
-    before, after = ({t.name: t.SerializeToString() for t in each.graph.initializer} for each in (proto, made))
-    gone = {name for name in before if name not in after or after[name] != before[name]}
-    assert gone == {"w2"}
+    proto = network(32)
+    np.savez(tmp_path / "c.npz", image=np.random.default_rng(0).standard_normal((96, 3, 16, 16)).astype(np.float32))
+    made = ride(proto, tmp_path, on_one_thread(KeepMacs(0.6), calibration=tmp_path / "c.npz"))
+    kept = [row for row in made.report.layers if row.decision == "kept"]
+    assert kept
+    assert made.report.factorized
+    assert all(row.error_refit is None for row in kept)
+    names = {row.name for row in kept}
+
+    def constants(proto: ModelProto) -> dict[str, list[bytes]]:
+        held = {tensor.name: numpy_helper.to_array(tensor).tobytes() for tensor in proto.graph.initializer}
+        return {n.name: [held[name] for name in n.input if name in held] for n in proto.graph.node if n.name in names}
+
+    assert constants(made.result) == constants(proto)
 
 
 @pytest.mark.parametrize("wide", ["branch", "layer"])

@@ -53,7 +53,7 @@ def assemble(
     best = analysis.outcome.best
     refitted = analysis.bench.refitted(best.plan)
     with phases.phase("write"):
-        analysis.bench.finish(best.plan, path.name)
+        analysis.bench.finish(best.plan, path)
     with phases.phase("validate"):
         stated = isinstance(settings.goal, MaxError) and settings.goal is not DEFAULT_GOAL
         source, limit = analysis.source, settings.goal.value if stated else None
@@ -220,10 +220,10 @@ def _goal(
     reached, reason = outcome.reached, outcome.reason
     match goal:
         case Speedup():
-            reached = latency.ci95[0] >= GOAL_SHARE * goal.value
+            reached = latency.standing(goal) >= GOAL_SHARE
             reason = f"{latency.speedup:.3f}x measured, 95 % interval {latency.ci95[0]:.3f} to {latency.ci95[1]:.3f}"
         case LatencyMs():
-            reached = goal.value / latency.after_ci95_ms[1] >= GOAL_SHARE
+            reached = latency.standing(goal) >= GOAL_SHARE
             reason = f"{latency.after_ms:.3g} ms measured"
         case MaxError():
             error = found.error(settings.error_metric)

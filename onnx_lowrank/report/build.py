@@ -97,7 +97,7 @@ def _layer_row(row: Row, choice: Candidate, name: str, reason: str, source: str)
 def _with_refit(row: LayerRow, result: Refitted | None) -> LayerRow:
     if result is None or math.isnan(result.error):
         return row
-    if result.error == result.error_before and not result.regressed:
+    if not result.regressed:
         return replace(row, error=result.error)
     how = f"refitted: output error {result.error_before:.3g} -> {result.error:.3g}"
     return replace(row, error=result.error_before, error_refit=result.error, reason=f"{row.reason}; {how}")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from onnx_lowrank.errors import InputError
+from onnx_lowrank.goals import LatencyMs, Speedup
 from onnx_lowrank.graph.io import write_text
 from onnx_lowrank.search.bisection import Blame
 
@@ -112,6 +113,10 @@ class Latency:
     clock: str
     disturbed: bool
     levels: dict[str, str]
+
+    def standing(self, goal: Speedup | LatencyMs) -> float:
+        """How much of a goal of speed is reached at the slow end of the interval; 1: all of it."""
+        return self.ci95[0] / goal.value if isinstance(goal, Speedup) else goal.value / self.after_ci95_ms[1]
 
 
 @dataclass(frozen=True)

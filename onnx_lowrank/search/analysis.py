@@ -14,7 +14,7 @@ from onnx_lowrank.allocators import Allocator
 from onnx_lowrank.calibration.walk import CannotCutError
 from onnx_lowrank.candidates import Candidate
 from onnx_lowrank.errors import InputError, NonFiniteResultError
-from onnx_lowrank.goals import Goal, KeepMacs, KeepParams, LatencyMs, MaxDrop, Speedup
+from onnx_lowrank.goals import Goal, KeepMacs, KeepParams, MaxDrop
 from onnx_lowrank.latency.chains import Pricer
 from onnx_lowrank.latency.measure import Paired
 from onnx_lowrank.plan import CALIBRATED, DATA_FREE, MEMORY_LIMIT, REFIT, Choice, PassSpec, Plan
@@ -95,21 +95,25 @@ class Analysis:
     outcome: Outcome
     loop: Loop
 
-    def nearer(self, goal: Goal, speedup: float, low_rank_speedup: float) -> Analysis | None:
+    def nearer(self, goal: Goal, speedup: float, low_rank_speedup: float, standing: float) -> Analysis | None:
         """What the search finds when it goes on, its model being finished and slower than a goal of speed wants.
 
         Args:
             goal: The goal.
             speedup: Of the finished model over the original.
             low_rank_speedup: Of it over the normalized model.
+            standing: How much of the goal it reaches.
 
         Returns:
             The search with a faster model; None where it had not reached the goal itself, has no time, or finds none.
+
+        Raises:
+            MeasuringError: if the model found cannot be timed.
         """
-        if not (isinstance(goal, Speedup | LatencyMs) and self.outcome.reached) or self.bench.late:
+        if not self.outcome.reached or self.bench.late:
             return None
         with self.bench.phases.phase("search"):
-            found = self.loop.nearer(goal, self.outcome.best, speedup / low_rank_speedup, low_rank_speedup)
+            found = self.loop.nearer(goal, self.outcome.best, low_rank_speedup, standing)
         if found is None:
             return None
         note = f"the first model found was {speedup:.3f}x as fast when it was finished: a faster one was looked for"

@@ -56,18 +56,18 @@ class Bench:
         """Whether the time limit is over."""
         return time.monotonic() > self.deadline
 
-    def realise(self, plan: Plan, name: str | None = None) -> tuple[Path, PassRecord]:
-        """Write the model that `plan` describes into the folder, without refit; None: under a name of its own."""
+    def realise(self, plan: Plan, path: Path | None = None) -> tuple[Path, PassRecord]:
+        """Write the model that `plan` describes, without refit; None: into the folder, under a name of its own."""
         fits: dict[str, Fit] = {}
         if self.table is not None:
             layers = {layer.key: layer for layer in self.table.layers}
             rewritten = [choice for choice in plan.layers if not choice.keeps]
             fits = {c.key: self.table.arrays(layers[c.key], c.method, c.rank) for c in rewritten}
-        return self._written(plan, fits, name)
+        return self._written(plan, fits, path)
 
-    def finish(self, plan: Plan, name: str | None = None) -> tuple[Path, PassRecord]:
+    def finish(self, plan: Plan, path: Path | None = None) -> tuple[Path, PassRecord]:
         """Write the model that `plan` describes, refitted where there are samples."""
-        return self._written(plan, arrays(self.refitted(plan)), name)
+        return self._written(plan, arrays(self.refitted(plan)), path)
 
     def refitted(self, plan: Plan) -> Mapping[str, Refitted]:
         """Arrays and errors of every layer of `plan` that can be refitted; empty without samples."""
@@ -82,9 +82,9 @@ class Bench:
                 )
         return self._refitted[plan.digest]
 
-    def _written(self, plan: Plan, fits: Mapping[str, Fit], name: str | None) -> tuple[Path, PassRecord]:
+    def _written(self, plan: Plan, fits: Mapping[str, Fit], path: Path | None) -> tuple[Path, PassRecord]:
         self._number += 1
-        path = self.folder / (name or f"trial{self._number}.onnx")
+        path = path or self.folder / f"trial{self._number}.onnx"
         if plan.changes_nothing:
             io.copy(self.original, path)
             return path, PassRecord(Factor.name, {}, modified=False, seconds=0.0, notes=())

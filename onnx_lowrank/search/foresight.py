@@ -26,7 +26,7 @@ class Foresight(Loop):
     source: str
 
     def _fast_enough(self, goal: Goal) -> Outcome:
-        wanted = self._wanted(goal, self.baseline.ratio(0, 1).value)
+        wanted = self._wanted(goal, self.baseline)
         chosen = self.allocator(self.prediction.problem(wanted / AIM))
         attempt = self._attempt(chosen, self.prediction)
         # Aimed at a little more than the goal; what is just below the aim still reaches it.

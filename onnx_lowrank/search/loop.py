@@ -77,58 +77,56 @@ class Loop:
         except MeasuringError as error:
             return self._kept(f"the model found was not chosen: {error.reason}", reached=False)
 
-    def nearer(self, goal: Goal, missed: Attempt, before: float, low_rank: float) -> Outcome | None:
-        """Search on from a model that, finished and timed once more, missed a goal of speed it had reached.
+    def nearer(self, goal: Goal, missed: Attempt, low_rank: float, standing_then: float) -> Outcome | None:
+        """One model more, after one that reached a goal of speed here and missed it when it was finished.
 
         Args:
             goal: The goal.
             missed: The model.
-            before: Latency of the original as a multiple of the normalized model's.
-            low_rank: Latency of the normalized model as a multiple of the finished one's.
+            low_rank: How many times as fast as the normalized model it was then.
+            standing_then: How much of the goal it reached then, at the slow end of the interval.
 
         Returns:
-            A model that reaches the goal; None if none was found.
+            A model predicted to be faster by what was missing; None if there is none, or it does not reach the goal.
         """
         prediction = self.prediction.learned(missed.chosen, self.prediction.normalized_ms / low_rank)
-        attempts = self._attempts(goal, prediction, self._wanted(goal, before), [missed.chosen])
-        return self._pick(goal, attempts) if any(standing(goal, attempt)[0] for attempt in attempts) else None
+        slow = prediction.ms(missed.chosen)
+        chosen = self.allocator(prediction.problem(slow * standing_then / AIM))
+        if not prediction.ms(chosen) < slow:
+            return None
+        attempt = self.timed(self._attempt(chosen, prediction))
+        return Outcome(attempt, reached=True, reason="measured") if standing(goal, attempt)[0] else None
 
     def _fast_enough(self, goal: Goal) -> Outcome:
-        wanted = self._wanted(goal, self.baseline.ratio(0, 1).value)
-        return self._pick(goal, self._attempts(goal, self.prediction, wanted))
-
-    def _attempts(
-        self, goal: Goal, prediction: Prediction, wanted: float, missed: Sequence[Sequence[Candidate]] = ()
-    ) -> list[Attempt]:
-        """Models allocated for `wanted` milliseconds and timed, each by what the one before taught."""
-        attempts = list[Attempt]()
+        prediction, attempts = self.prediction, list[Attempt]()
+        wanted = self._wanted(goal, self.baseline)
         for _ in range(ROUNDS):
             chosen = self.allocator(prediction.problem(wanted / AIM))
-            if any(same(chosen, old) for old in (*missed, *(attempt.chosen for attempt in attempts))):
+            if any(same(chosen, old.chosen) for old in attempts):
                 break
             try:
                 attempt = self.timed(self._attempt(chosen, prediction))
             except MeasuringError as error:
-                if not attempts and not missed:
+                if not attempts:
                     raise
                 logger.warning("one of the models found was not chosen: %s", error.reason)
                 break
             attempts.append(attempt)
             measured = scaled_ms(attempt, prediction)
             logger.info("predicted %.3f ms, measured %.3f ms", attempt.predicted_ms, measured)
-            wanted = self._wanted(goal, attempt.timed.ratio(0, 1).value)
+            wanted = self._wanted(goal, attempt.timed)
             reached, excess = standing(goal, attempt)
             if (reached and excess <= OVERSHOOT) or self.bench.late:
                 break
             prediction = prediction.learned(chosen, measured)
-        return attempts
+        return self._pick(goal, attempts)
 
-    def _wanted(self, goal: Goal, before: float) -> float:
-        """Latency the model must have, on the scale of the prediction; `before`: as in `nearer`."""
+    def _wanted(self, goal: Goal, race: Paired) -> float:
+        """Latency the model must have, on the scale of the prediction."""
         if isinstance(goal, LatencyMs):
             return goal.value
         # In ratios: the machine may run at another speed now than when the table was priced.
-        return self.prediction.normalized_ms * before / goal.value
+        return self.prediction.normalized_ms * race.ratio(0, 1).value / goal.value
 
     def _pick(self, goal: Goal, attempts: Sequence[Attempt]) -> Outcome:
         reached = [attempt for attempt in attempts if standing(goal, attempt)[0]]
