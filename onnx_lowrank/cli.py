@@ -11,7 +11,7 @@ import logging
 import shlex
 import signal
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -298,6 +298,8 @@ def validate(
         seed=settings.seed,
         error_metric=settings.error_metric,
     )
+    if dataset is not None:
+        found = replace(found, data="given")  # nobody knows here what the model was fitted on
     parted = None
     if bisect:
         tolerance = settings.goal.value

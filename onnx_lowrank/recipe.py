@@ -102,7 +102,7 @@ def read_recipe(path: Path) -> Recipe:
     for key, value in raw.items():
         if key not in keys:
             near = get_close_matches(key, keys, n=1)
-            do = f"write {near[0]!r}" if near else "leave it out"
+            do = "write refit = false" if key == "no-refit" else f"write {near[0]!r}" if near else "leave it out"
             raise InputError(f"the key {key!r} in {path}", f"one of {', '.join(keys)}", do)
         values[keys[key]] = _value(path, key, value, get_args(hints[keys[key]])[0])
     return Recipe(**values)  # pyright: ignore[reportArgumentType] - every value was checked against its field's type
@@ -122,7 +122,8 @@ def _value(path: Path, key: str, value: object, kind: object) -> object:
         return value
     expected = {Path: "a path", float: "a number", int: "a whole number", bool: "true or false", str: "text"}
     words = expected.get(kind, "a list of texts") if isinstance(kind, type) else "a list of texts"
-    raise InputError(f"{key} = {value!r} in {path}", words, "give another value")
+    do = f'write {key} = ["{value}"]' if isinstance(value, str) and words == "a list of texts" else "give another value"
+    raise InputError(f"{key} = {value!r} in {path}", words, do)
 
 
 def _all_text(items: Iterable[object]) -> bool:

@@ -33,7 +33,8 @@ class Validation:
     Args:
         original: Path of the original model.
         optimized: Path of the optimized model.
-        data: "held-out" for given samples, "synthetic" for inputs drawn to fit the signature.
+        data: "held-out" for samples the model was not fitted on, "given" where nobody knows, "synthetic" for
+            inputs drawn to fit the signature.
         engine: "onnxruntime", or "onnx.reference" for element types the provider has no kernels for.
         samples: Samples compared.
         relative_error: Relative L2 error over all outputs of real numbers.

@@ -159,7 +159,11 @@ def test_a_row_replaces_the_one_with_its_keys(tmp_path: Path) -> None:
         {"model": "a", "goal": 1, "top1": 0.2},
     ):
         results.put("found", row, ("model", "goal"), tmp_path)
-    assert results.recorded("found", tmp_path) == [{"model": "b", "goal": 1}, {"model": "a", "goal": 1, "top1": 0.2}]
+    where = {"date": results.today(), "cpu": results.cpu()}
+    second, first = {"model": "a", "goal": 1, "top1": 0.2} | where, {"model": "b", "goal": 1} | where
+    assert results.recorded("found", tmp_path) == [first, second]
+    results.put("found", {**first, "date": "2026-01-01", "cpu": "another"}, ("model", "goal"), tmp_path)
+    assert results.recorded("found", tmp_path)[-1] == {**first, "date": "2026-01-01", "cpu": "another"}
     assert results.recorded("missing", tmp_path) == []
 
 
@@ -230,7 +234,7 @@ def test_a_case_that_fails_keeps_what_was_recorded(zoo: Path, tmp_path: Path) ->
     results.put("tiny", old, ("model",), tmp_path)
     case = Case(TINY, "data_free", ("--keep-macs", "2"))
     assert record("tiny", [case], ("error",), None, tmp_path) == 1
-    assert results.recorded("tiny", tmp_path) == [old]
+    assert [{key: row[key] for key in old} for row in results.recorded("tiny", tmp_path)] == [old]
 
 
 def test_formats_are_compared_default_ones_together_and_what_is_recorded_is_skipped(

@@ -1,6 +1,7 @@
 """Benchmark results as JSON files in `benchmarks/results`, and the markdown tables rendered from them.
 
-A file holds `date`, `cpu`, `versions` and `rows`, a list of flat rows of scalars.
+A file holds `date`, `cpu` and `versions` of when it was last written, and `rows`, a list of flat rows of scalars; rows
+that were put into it one by one hold the date and the processor they were measured on.
 """
 
 import json
@@ -24,7 +25,7 @@ def write(name: str, rows: Sequence[Row], folder: Path = FOLDER) -> Path:
     """Write `<name>.json` with the rows, today's date, the processor and the package versions."""
     path = folder / f"{name}.json"
     record = {
-        "date": datetime.now(UTC).date().isoformat(),
+        "date": today(),
         "cpu": cpu(),
         "versions": {"python": platform.python_version()} | versions(),
         "rows": [dict(row) for row in rows],
@@ -41,7 +42,8 @@ def recorded(name: str, folder: Path = FOLDER) -> list[Row]:
 
 
 def put(name: str, row: Row, keys: Sequence[str], folder: Path = FOLDER) -> Path:
-    """Write `<name>.json` with a row more; a row that agrees with it in `keys` gives way to it."""
+    """Write `<name>.json` with a row more, dated; a row that agrees with it in `keys` gives way to it."""
+    row = {**row, "date": row.get("date") or today(), "cpu": row.get("cpu") or cpu()}
     others = (old for old in recorded(name, folder) if any(old.get(key) != row.get(key) for key in keys))
     return write(name, [*others, row], folder)
 
@@ -58,6 +60,11 @@ def render(folder: Path = FOLDER) -> str:
     """Every result file as a markdown section with its table."""
     sections = [_section(path.stem, json.loads(path.read_text("utf-8"))) for path in sorted(folder.glob("*.json"))]
     return "\n\n".join(sections) if sections else "No results yet."
+
+
+def today() -> str:
+    """The date, in UTC."""
+    return datetime.now(UTC).date().isoformat()
 
 
 def cpu() -> str:

@@ -193,6 +193,9 @@ def _remarks(analysis: Analysis, path: Path, found: Validation, latency: Latency
     inputs = [{value.name for value in io.load(p).to_proto().graph.input} for p in (analysis.source.path, path)]
     if gone := inputs[0] - inputs[1]:
         remarks.append(f"{len(gone)} initializers that were listed as inputs too (IR version 3 style) no longer are")
+    left_out = data_free_layers(analysis) or {}
+    if free := [c for c in analysis.outcome.best.chosen if c.chain is not None and c.key in left_out]:
+        remarks.append(f"{len(free)} factorized layers were not calibrated, and their error is that of the weight")
     if broken := sum(output.non_finite_reference for output in found.outputs):
         remarks.append(f"the original gives {broken} NaN or infinite values, which no figure counts")
     if analysis.source.labelled is not None and analysis.bench.racer.as_float32:
@@ -232,14 +235,17 @@ def _goal(
         case MaxDrop() if accuracy is not None:
             drop, low, high = accuracy.before - accuracy.after, -accuracy.ci95[1], -accuracy.ci95[0]
             reached = drop <= goal.value
-            span = f"95 % interval {low:.4g} to {high:.4g}"
-            reason = f"{accuracy.metric} falls by {drop:.4g} ({span}) on {accuracy.samples} other samples; {reason}"
+            span = f"95 % interval of the fall {low:.4g} to {high:.4g}"
+            moves = f"falls by {drop:.4g}" if drop >= 0 else f"rises by {-drop:.4g}"
+            reason = f"{accuracy.metric} {moves} ({span}) on {accuracy.samples} other samples; {reason}"
         case KeepMacs() | KeepParams() if settings.of == "all":
             pair = (size.macs_after, size.macs_before)
             after, before = pair if isinstance(goal, KeepMacs) else (size.params_after, size.params_before)
             share = after / before if before else 1.0
             reached = share <= goal.value * (1 + 1e-9)
             reason = f"{share:.3f} remain in the written file"
+        case KeepMacs() | KeepParams():
+            reason = f"{reason} in the factorable layers"
         case _:
             pass
     if not reached and outcome.reason not in reason:
