@@ -28,7 +28,6 @@ from benchmarks.fashion_mnist import load
 from benchmarks.zoo.agreement import hits
 from benchmarks.zoo.cache import Arrays, default_cache
 from benchmarks.zoo.model import LABEL, Outputs, Scores, ZooModel
-from benchmarks.zoo.models import all_models
 from benchmarks.zoo.session import Session
 
 ASSETS = Path(__file__).resolve().parent.parent / "onnx_lowrank" / "assets"
@@ -81,11 +80,6 @@ NETS = {
     name: FashionNet(f"fashion_{name}", "image classifier", (), ("image=1x1x28x28",), batch=100, architecture=name)
     for name in (EMBEDDED, "resnet20", "vgg")
 }
-
-
-def named(name: str) -> ZooModel:
-    """One of these networks, or a model of the zoo."""
-    return NETS[name] if name in NETS else all_models()[name]
 
 
 def main() -> None:

@@ -24,10 +24,11 @@ from benchmarks import command
 from benchmarks.accuracy.experiment import task
 from benchmarks.accuracy.sweeps import SIXTY_FOUR_TOKENS
 from benchmarks.command import span
-from benchmarks.fashion import EMBEDDED, named
+from benchmarks.fashion import EMBEDDED, NETS
 from benchmarks.zoo import results
 from benchmarks.zoo.cache import default_cache
 from benchmarks.zoo.model import ZooModel
+from benchmarks.zoo.models import all_models
 from benchmarks.zoo.results import FOLDER, Scalar
 from onnx_lowrank.catalogue import all_decompositions, default_decompositions
 from onnx_lowrank.settings import Settings
@@ -82,7 +83,7 @@ def cases(
     """
     default = tuple(name for name in formats if name in default_decompositions())
     for name in names:
-        model = named(name)
+        model = NETS[name] if name in NETS else all_models()[name]
         if default:
             yield Case(model, default, "default", tuple(options))
         for other in (other for other in formats if other not in default):

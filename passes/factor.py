@@ -51,7 +51,7 @@ class Factor(Pass):
         """
         by_key, chosen = self.checked(graph)
         with threadpool_limits(1):  # as when the candidates were decomposed: the same factors, bit for bit
-            flushed = splice(graph, [self._replacement(by_key[choice.key], choice) for choice in chosen])
+            flushed = splice(graph, (self._replacement(by_key[choice.key], choice) for choice in chosen))
         for key, count in flushed.items():
             if count:
                 log.info("%s: %d denormal weights set to zero", key, count)

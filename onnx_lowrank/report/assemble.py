@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -68,7 +69,8 @@ def assemble(
         accuracy = None if scores is None else _accuracy(source, path, settings, scores)
     with phases.phase("count"):
         size = _size(analysis, path)
-        remarks = _remarks(analysis, path, found, latency)
+        left_out = data_free_layers(analysis)
+        remarks = _remarks(analysis, path, found, latency, left_out or {})
     names, told = _names(analysis), data_notes(analysis, _labelled(source, settings))
     return Report(
         model={"path": str(source.path), "sha256": source.sha256, "opset": analysis.ready.survey.graph.opset},
@@ -83,7 +85,7 @@ def assemble(
             source=analysis.timer.source,
             refitted=refitted,
             put_back=analysis.outcome.put_back,
-            data_free=data_free_layers(analysis),
+            data_free=left_out,
         ),
         latency=latency,
         fidelity=_fidelity(found),
@@ -181,7 +183,9 @@ def _accuracy(source: Source, path: Path, settings: Settings, before: Scores) ->
     )
 
 
-def _remarks(analysis: Analysis, path: Path, found: Validation, latency: Latency) -> list[str]:
+def _remarks(
+    analysis: Analysis, path: Path, found: Validation, latency: Latency, left_out: Mapping[str, str]
+) -> list[str]:
     """What the figures alone do not say."""
     remarks: list[str] = []
     gain = latency.low_rank_speedup
@@ -193,7 +197,6 @@ def _remarks(analysis: Analysis, path: Path, found: Validation, latency: Latency
     inputs = [{value.name for value in io.load(p).to_proto().graph.input} for p in (analysis.source.path, path)]
     if gone := inputs[0] - inputs[1]:
         remarks.append(f"{len(gone)} initializers that were listed as inputs too (IR version 3 style) no longer are")
-    left_out = data_free_layers(analysis) or {}
     if free := [c for c in analysis.outcome.best.chosen if c.chain is not None and c.key in left_out]:
         remarks.append(f"{len(free)} factorized layers were not calibrated, and their error is that of the weight")
     if broken := sum(output.non_finite_reference for output in found.outputs):
