@@ -22,6 +22,7 @@ from onnx_lowrank.latency.estimate import Interval, Ratio, median_interval, rati
 from onnx_lowrank.latency.turns import Clock, Run, one_round, runs_per_sample, warm_up
 from onnx_lowrank.target import Target
 
+Round = Sequence[Sequence[float]]  # of every model, the seconds of its runs; none where it rested
 # A measurement of which more than this share of the rounds was disturbed is called so.
 DISTURBED_SHARE = 0.25
 
@@ -47,8 +48,8 @@ class Until:
         budget_s: Wall clock after which no round beyond these is begun; an eighth of it may go into warming up.
         half_width: Of the 95 % interval of a ratio, as a share of it, at which it is known.
         most: Rounds at most, those repeated because they were disturbed included; None: what the budget allows.
-        sample_s: A sample of a shorter run is the mean of several.
-        enough: Ratios that are known end it after so many rounds only: percentiles far out need many.
+        sample_s: A sample of a shorter run is the mean of several, one behind the other.
+        enough: Ratios that are known end it after so many runs of each only: percentiles far out need many.
         resting: A model whose ratio is known is run no more while others are not; then only ratios to the first count.
     """
 
@@ -63,11 +64,19 @@ class Until:
 
 @dataclass(frozen=True)
 class Timing:
-    """Latency of one model; the interval is of the median, 95 %. Samples are NaN in rounds it rested in."""
+    """Latency of one model; the interval is of the median of its samples, 95 %.
+
+    Args:
+        median_ms: Of the samples.
+        ci95_ms: Interval of it.
+        samples_ms: One per round, each the mean of one or more runs; NaN in rounds it rested in.
+        runs_ms: Every single run of these rounds.
+    """
 
     median_ms: float
     ci95_ms: Interval
     samples_ms: tuple[float, ...]
+    runs_ms: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -131,43 +140,46 @@ def in_turns(runs: Sequence[Run], until: Until, clock: Clock = Clock.WALL, witne
     deadline = time.perf_counter() + until.budget_s
     warm_up(runs, until.budget_s / 8)
     repeats = [_repeats(run, clock, until.sample_s) for run in runs]
-    rows: list[list[float]] = []
+    rounds: list[Round] = []
     seen: list[bool] = []
     resting: set[int] = set()
 
-    def sample(index: int) -> float:
-        if index in resting:
-            return math.nan
-        return sum(runs[index].seconds(clock.now) for _ in range(repeats[index])) / repeats[index]
+    def sample(index: int) -> list[float]:
+        return [] if index in resting else [runs[index].seconds(clock.now) for _ in range(repeats[index])]
 
     while True:
         witness.begin()
-        rows.append(one_round(range(len(runs)), sample, backward=len(rows) % 2 == 1))
+        rounds.append(one_round(range(len(runs)), sample, backward=len(rounds) % 2 == 1))
         seen.append(witness.disturbed())
-        if len(rows) < until.rounds:
+        if len(rounds) < until.rounds:
             continue
-        table = _trusted(rows, seen, until.rounds)
+        table = _means(_trusted(rounds, seen, until.rounds))
         known = {index for index in range(1, len(runs)) if _is_known(table, index, until)}
-        quiet = len(rows) - sum(seen)
+        quiet = len(rounds) - sum(seen)
         # On a machine that is hardly ever quiet there is nothing to wait for.
-        settled = len(known) == len(runs) - 1 and len(rows) >= until.enough
-        if settled and (quiet >= until.rounds or quiet < DISTURBED_SHARE * len(rows)):
+        settled = len(known) == len(runs) - 1 and len(rounds) * min(repeats) >= until.enough
+        if settled and (quiet >= until.rounds or quiet < DISTURBED_SHARE * len(rounds)):
             break
-        if time.perf_counter() >= deadline or len(rows) == until.most:
+        if time.perf_counter() >= deadline or len(rounds) == until.most:
             break
         resting = known if until.resting and len(known) < len(runs) - 1 else set()
-    return _paired(_trusted(rows, seen, until.rounds), clock, sum(seen) / len(seen))
+    return _paired(_trusted(rounds, seen, until.rounds), clock, sum(seen) / len(seen))
 
 
 def _repeats(run: Run, clock: Clock, sample_s: float) -> int:
     return 1 if sample_s == 0 else runs_per_sample(run.seconds(clock.now), sample_s)
 
 
-def _trusted(rows: Sequence[Sequence[float]], seen: Sequence[bool], fewest: int) -> NDArray[np.float64]:
-    """The rounds that nothing disturbed; all where those are too few for one of the runs, which may have rested."""
-    table = np.array(rows)
-    quiet = table[~np.array(seen)]
-    return quiet if np.count_nonzero(~np.isnan(quiet), axis=0).min() >= fewest else table
+def _trusted(rounds: Sequence[Round], seen: Sequence[bool], fewest: int) -> Sequence[Round]:
+    """The rounds that nothing disturbed; all where those are too few for one of the models, which may have rested."""
+    quiet = [one for one, disturbed in zip(rounds, seen, strict=True) if not disturbed]
+    taken = [sum(map(bool, column)) for column in zip(*quiet, strict=True)]
+    return quiet if min(taken, default=0) >= fewest else rounds
+
+
+def _means(rounds: Sequence[Round]) -> NDArray[np.float64]:
+    """Rounds x models; NaN where a model rested."""
+    return np.array([[math.fsum(runs) / len(runs) if runs else math.nan for runs in one] for one in rounds])
 
 
 def _is_known(table: NDArray[np.float64], index: int, until: Until) -> bool:
@@ -176,12 +188,13 @@ def _is_known(table: NDArray[np.float64], index: int, until: Until) -> bool:
     return bool(taken >= until.rounds) and ratio_of(ratios).half_width <= until.half_width
 
 
-def _paired(table: NDArray[np.float64], clock: Clock, disturbed_rounds: float) -> Paired:
+def _paired(rounds: Sequence[Round], clock: Clock, disturbed_rounds: float) -> Paired:
+    table = _means(rounds)
     ratios = table[:, :1] / table
     found = [ratio_of(column) for column in ratios.T]
     busy = any(_is_unsteady(column[~np.isnan(column)]) for column in ratios.T[1:])
     return Paired(
-        timings=tuple(_timing(column) for column in table.T),
+        timings=tuple(map(_timing, table.T, zip(*rounds, strict=True))),
         ratios=tuple(ratio.value for ratio in found),
         ci95=tuple((ratio.low, ratio.high) for ratio in found),
         rounds=len(table),
@@ -191,10 +204,11 @@ def _paired(table: NDArray[np.float64], clock: Clock, disturbed_rounds: float) -
     )
 
 
-def _timing(samples_s: NDArray[np.float64]) -> Timing:
+def _timing(samples_s: NDArray[np.float64], runs_s: Sequence[Sequence[float]]) -> Timing:
     in_ms = samples_s * 1e3
     taken = in_ms[~np.isnan(in_ms)]
-    return Timing(float(np.median(taken)), median_interval(taken), tuple(float(value) for value in in_ms))
+    single = tuple(1e3 * seconds for runs in runs_s for seconds in runs)
+    return Timing(float(np.median(taken)), median_interval(taken), tuple(float(value) for value in in_ms), single)
 
 
 def _is_unsteady(ratios: NDArray[np.float64]) -> bool:

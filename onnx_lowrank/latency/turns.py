@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 R = TypeVar("R")
+T = TypeVar("T")
 _ROUNDS = 7
 _WARM_UP_S = 0.05
 _WARM_UP_RUNS = 10
@@ -47,7 +48,7 @@ def clock_for(provider: str, threads: int) -> Clock:
     return Clock.CPU if provider == "cpu" and threads == 1 else Clock.WALL
 
 
-def one_round(runs: Sequence[R], measure: Callable[[R], float], *, backward: bool = False) -> list[float]:
+def one_round(runs: Sequence[R], measure: Callable[[R], T], *, backward: bool = False) -> list[T]:
     """One measurement of each, in order or backwards so that no run always follows the same neighbour."""
     order = range(len(runs))
     taken = {index: measure(runs[index]) for index in (reversed(order) if backward else order)}

@@ -140,7 +140,7 @@ class _Bench:
             self.reasons[f"memory of {opened.path.name} was not measured: {memory.reason}"] = None
         events, graph = _profiled(opened, feeds, target, timing.median_ms)
         nodes = attribute(events, graph)
-        p95, p99 = np.quantile(timing.samples_ms, (0.95, 0.99))
+        p95, p99 = np.quantile(timing.runs_ms, (0.95, 0.99))
         return ModelProfile(
             path=str(opened.path),
             level=opened.level,
