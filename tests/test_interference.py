@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from onnx_lowrank.latency.interference import Interference, Moment, matrix_products, pin
+from onnx_lowrank.latency.interference import STOLEN, Interference, Moment, _apart, matrix_products, pin
 from onnx_lowrank.latency.measure import Until, in_turns
 from onnx_lowrank.latency.turns import Now
 
@@ -39,10 +41,10 @@ class Said:
         return next(self._verdicts)
 
 
-def watched(kernel: list[float], clocks: list[tuple[float, float]], *, waits: bool = False) -> Interference:
-    """An `Interference` that sees these kernel times and clocks."""
+def watched(kernel: list[float], clocks: list[tuple[float, float]]) -> Interference:
+    """An `Interference` that sees these kernel times, and these seconds on the wall and lost to others."""
     times, moments = iter(kernel), iter(Moment(*pair) for pair in clocks)
-    return Interference(lambda: next(times), lambda: next(moments), waits)
+    return Interference(lambda: next(times), lambda: next(moments))
 
 
 def verdicts(witness: Interference, rounds: int) -> Iterator[bool]:
@@ -52,14 +54,46 @@ def verdicts(witness: Interference, rounds: int) -> Iterator[bool]:
 
 
 def test_a_slow_kernel_disturbs_the_rounds_on_both_sides() -> None:
-    clocks = [(float(i), float(i)) for i in range(8)]
+    clocks = [(float(i), 0.0) for i in range(8)]
     assert list(verdicts(watched([1.0, 1.1, 1.4, 1.0, 1.2], clocks), 4)) == [False, True, True, False]
 
 
 def test_time_that_went_to_others_disturbs() -> None:
-    clocks = [(0.0, 0.0), (1.0, 0.95), (2.0, 1.0), (3.0, 1.5)]
+    clocks = [(0.0, 0.0), (1.0, 0.05), (2.0, 1.0), (3.0, 1.5)]
     assert list(verdicts(watched([1.0] * 3, clocks), 2)) == [False, True]
-    assert list(verdicts(watched([1.0] * 3, clocks, waits=True), 2)) == [False, False]
+
+
+def _busy() -> None:
+    while True:
+        pass
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="this system does not count waiting threads")
+@pytest.mark.parametrize("now", [Moment.of_this_thread, Moment.of_all_threads], ids=lambda now: now.__name__)
+def test_a_process_on_the_same_core_takes_its_share(now: Callable[[], Moment]) -> None:
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    other = multiprocessing.get_context("spawn").Process(target=_busy, daemon=True)
+    try:
+        other.start()
+        start, deadline = now(), time.monotonic() + 60.0
+        while start.stolen_until(now()) < STOLEN:  # it takes a while to start
+            assert time.monotonic() < deadline
+            if time.monotonic() % 1 < 0.01:
+                start = now()
+    finally:
+        other.kill()
+        os.sched_setaffinity(0, allowed)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to cores")
+def test_hyperthreads_of_one_core_are_the_last_choice(tmp_path: Path) -> None:
+    for core, siblings in {0: "0,2", 1: "1,3", 2: "0,2", 3: "1,3"}.items():
+        folder = tmp_path / f"cpu{core}/topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text(f"{siblings}\n")
+    assert _apart([2, 0, 3, 1], tmp_path) == [2, 3, 0, 1]
+    assert _apart([5, 4], tmp_path) == [5, 4]  # the system does not tell
 
 
 def test_the_real_kernel_takes_about_a_millisecond_of_this_thread() -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from onnx_lowrank.errors import LowRankError
-from onnx_lowrank.latency.interference import Interference, matrix_products, pin
+from onnx_lowrank.latency.interference import Interference, Moment, matrix_products, pin
 from onnx_lowrank.latency.measure import Clock, Run, in_turns
 from onnx_lowrank.latency.messages import Broken, Contest, Finished, Message, Subject, Working, receive, send
 from onnx_lowrank.latency.turns import Now
@@ -108,7 +108,8 @@ class Worker:
         self.say(Working(first_s=first_s))
         if not runs:
             return Finished(None, refused)
-        witness = _Beating(self._kernel, waits=contest.clock is Clock.WALL, best=self._best)
+        now = Moment.of_all_threads if contest.clock is Clock.WALL else Moment.of_this_thread
+        witness = _Beating(self._kernel, now, self._best)
         witness.beat = lambda: self.say(Working(first_s=first_s))
         paired = in_turns(runs, contest.until, contest.clock, witness)
         self._best = witness.best
