@@ -58,6 +58,7 @@ def show(file: TableArgument = None, *, as_json: JsonOption = False) -> None:
     if as_json:
         summaries = [
             {"circumstances": s.where.to_dict(), "chains": s.chains, "models": s.models, "dropped": s.dropped}
+            | {"disturbed": s.disturbed}
             | {"channel_blocks": s.blocks, "measured": list(s.measured)}
             for s in found
         ]
@@ -99,6 +100,21 @@ def import_(file: Annotated[Path, typer.Argument(metavar="TABLE", help="An expor
             here = " (not here)" if _is_foreign(merged.where) else ""
             level = f"level {merged.where.level}"
             _say(f"{merged.new} new, {merged.known} known: {merged.where.label}, {level}{here}")
+
+
+@app.command()
+def forget(
+    *,
+    device: DeviceOption = None,
+    provider: ProviderOption = None,
+    threads: ThreadsOption = None,
+    disturbed: Annotated[bool, typer.Option("--disturbed", help="Only what was timed beside other work.")] = False,
+) -> None:
+    """Remove latencies from your table: the next run that needs them measures them anew."""
+    choice = Choice(device, provider, (), threads)
+    with LatencyTable() as table:
+        gone = [table.forget(where, disturbed=disturbed) for where in table.circumstances() if choice.fits(where)]
+    _say(f"{sum(gone)} latencies forgotten")
 
 
 @app.command()
@@ -188,7 +204,7 @@ def _is_foreign(where: Circumstances) -> bool:
 def _table(found: Sequence[Section]) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("  provider", overflow="fold")
-    for name in ("threads", "onnxruntime", "level", "chains", "models"):
+    for name in ("threads", "onnxruntime", "level", "chains", "disturbed", "models"):
         table.add_column(name, justify="left" if name in {"onnxruntime", "level"} else "right")
     for name in ("channel blocks", "measured"):
         table.add_column(name, overflow="fold")
@@ -197,9 +213,10 @@ def _table(found: Sequence[Section]) -> Table:
         provider = " ".join([where.provider, *(f"{name}={value}" for name, value in where.options)])
         blocks = " ".join(f"{kind} {block}" for kind, block in section.blocks.items())
         first, last = section.measured
-        row = (f"  {provider}", str(where.threads), where.onnxruntime, where.level, str(section.chains))
+        counts = map(str, (section.chains, section.disturbed, section.models))
         span = first if first == last else f"{first} to {last}"
-        table.add_row(*map(escape, (*row, str(section.models), blocks, span)))
+        row = (f"  {provider}", str(where.threads), where.onnxruntime, where.level, *counts, blocks, span)
+        table.add_row(*map(escape, row))
     return table
 
 

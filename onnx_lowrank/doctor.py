@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from onnx_lowrank.latency.circumstances import Circumstances
-from onnx_lowrank.latency.grid import known_block
+from onnx_lowrank.latency.grid import KINDS, known_block
 from onnx_lowrank.latency.machine import accelerator, processor
 from onnx_lowrank.latency.table import LatencyTable, cache_folder
 from onnx_lowrank.providers import provider_reason
@@ -147,14 +147,18 @@ def _table() -> list[Finding]:
     with LatencyTable() as table:
         size = table.path.stat().st_size / 1e6 if table.path.exists() else 0.0
         findings = [Finding("latency table", "ok", f"{len(table)} measurements, {size:.1f} MB")]
-        for kind in ("conv", "matmul"):
-            blocks = {
-                threads: known_block(Circumstances.here(Target(threads=threads)), table, kind)
-                for threads in (1, Target().threads)
-            }
-            known = ", ".join(f"{block} with {n} thread(s)" for n, block in blocks.items() if block is not None)
+        asked = [Target(threads=1), Target(), *(where.target() for where in table.circumstances())]
+        here = dict.fromkeys(map(Circumstances.here, asked))
+        for kind in KINDS:
+            blocks = {_conditions(where): known_block(where, table, kind) for where in here}
+            known = ", ".join(f"{block} with {named}" for named, block in sorted(blocks.items()) if block is not None)
             findings.append(Finding(f"channel block, {kind}", "ok", known or "not probed yet"))
     return findings
+
+
+def _conditions(where: Circumstances) -> str:
+    options = "".join(f", {name}={value}" for name, value in where.options)
+    return f"{where.threads} thread(s)" + ("" if where.provider == "cpu" else f" on {where.provider}{options}")
 
 
 def _torch() -> Finding:

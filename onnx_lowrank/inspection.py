@@ -17,7 +17,8 @@ from onnx_lowrank.calibration.input_moments import grams
 from onnx_lowrank.calibration.walk import CannotCutError
 from onnx_lowrank.decomposition import Decomposition
 from onnx_lowrank.graph.size import parameters
-from onnx_lowrank.latency.chains import ChainTimer, Job
+from onnx_lowrank.latency.chains import ChainTimer
+from onnx_lowrank.latency.pieces import Job
 from onnx_lowrank.latency.table import LatencyTable
 from onnx_lowrank.layer import Kept, Layer
 from onnx_lowrank.linalg import whitened_rows

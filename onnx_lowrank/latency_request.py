@@ -25,9 +25,9 @@ from onnx_lowrank.catalogue import default_decompositions, split
 from onnx_lowrank.chain import Chain
 from onnx_lowrank.graph import io
 from onnx_lowrank.latency.blocks import BLOCKS, PROBED_RANKS
-from onnx_lowrank.latency.chains import chain_key
 from onnx_lowrank.latency.circumstances import lowered_by
 from onnx_lowrank.latency.grid import KINDS, probe_model
+from onnx_lowrank.latency.pieces import chain_key
 from onnx_lowrank.latency.table import LatencyTable
 from onnx_lowrank.latency.work import in_words
 from onnx_lowrank.layer import Layer, Site

@@ -18,7 +18,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 from onnx_lowrank.catalogue import all_decompositions
 from onnx_lowrank.graph.layers import layers
 from onnx_lowrank.graph.model import Graph
-from onnx_lowrank.latency.chains import chain_key
+from onnx_lowrank.latency.pieces import chain_key
 from onnx_lowrank.layer import Layer, NodeShapes
 from onnx_lowrank.micro_model import TAIL_CHANNELS, chain_model
 

@@ -18,10 +18,11 @@ from builders import conv_model
 from test_latency import chain, layer
 
 from onnx_lowrank.errors import InputError, PassError
-from onnx_lowrank.latency.chains import ChainTimer, Job
+from onnx_lowrank.latency.chains import ChainTimer
 from onnx_lowrank.latency.child import COMMAND, Child, MeasuringError
 from onnx_lowrank.latency.measure import Clock, Until
 from onnx_lowrank.latency.messages import Contest, Finished, Message, Subject, Working, receive, send
+from onnx_lowrank.latency.pieces import Job
 from onnx_lowrank.latency.table import LatencyTable
 from onnx_lowrank.latency.worker import Worker
 from onnx_lowrank.target import Target
@@ -52,6 +53,50 @@ def open_run(subject):
     shapes = [tuple(tensor.dims) for tensor in onnx.load_from_string(subject.model).graph.initializer]
     run = opened(subject)
     return Run(run) if any({culprit} in shape for shape in shapes) else run
+
+main(open_run)
+"""
+# A provider whose memory holds three sessions at once.
+SMALL = """
+import sys, types, weakref
+package = sys.modules["onnx_lowrank"] = types.ModuleType("onnx_lowrank")
+package.__path__ = [sys.argv[1]]
+from onnx_lowrank.latency.worker import main, opened
+
+class Run:
+    def __init__(self, run):
+        self.seconds = run.seconds
+
+alive = weakref.WeakSet()
+
+def open_run(subject):
+    run = Run(opened(subject))
+    alive.add(run)
+    if len(alive) > 3:
+        raise MemoryError
+    return run
+
+main(open_run)
+"""
+# A device on which nothing runs any more in a process that has run the chain of rank 5.
+POISONED = """
+import dataclasses, sys, types
+package = sys.modules["onnx_lowrank"] = types.ModuleType("onnx_lowrank")
+package.__path__ = [sys.argv[1]]
+from onnx_lowrank.errors import InputError
+from onnx_lowrank.latency.worker import main, opened
+from onnx_lowrank.target import Target
+
+broken = []
+
+def open_run(subject):
+    import onnx
+    shapes = [tuple(tensor.dims) for tensor in onnx.load_from_string(subject.model).graph.initializer]
+    if any(5 in shape for shape in shapes):
+        broken.append(True)
+    if broken:
+        raise InputError("an illegal address", "another one", "start anew")
+    return opened(dataclasses.replace(subject, target=Target(threads=1)))
 
 main(open_run)
 """
@@ -118,6 +163,35 @@ def test_only_the_culprit_is_dropped(tmp_path: Path, deed: str, reason: str, run
         assert [dropped.chain for dropped in timer.dropped] == [chain(5)]
         assert timer.dropped[0].reason.startswith(reason)
         assert timer.timed == 3
+
+
+def started(tmp_path: Path, text: str) -> Child:
+    path = tmp_path / "provider.py"
+    path.write_text(text)
+    return Child((sys.executable, str(path), COMMAND[-1]))
+
+
+def test_what_does_not_fit_into_memory_together_is_timed_apart(tmp_path: Path) -> None:
+    with LatencyTable(tmp_path / "t.sqlite") as table:
+        child = started(tmp_path, SMALL)
+        timer = ChainTimer(ONE, table, child=child)
+        prices = timer.price([Job(layer()), *(Job(layer(), chain(rank)) for rank in (4, 5, 6, 7))])
+        child.close()
+        assert None not in prices
+        assert not timer.dropped
+        assert timer.timed == 5
+
+
+def test_what_a_failed_chain_leaves_behind_on_a_device_harms_no_other(tmp_path: Path) -> None:
+    with LatencyTable(tmp_path / "t.sqlite") as table:
+        child = started(tmp_path, POISONED)
+        timer = ChainTimer(Target("cuda", threads=1), table, child=child)
+        prices = timer.price([Job(layer()), *(Job(layer(), chain(rank)) for rank in (4, 5, 6))])
+        child.close()
+        assert [price is None for price in prices] == [False, False, True, False]
+        assert [(dropped.chain, dropped.reason) for dropped in timer.dropped] == [
+            (chain(5), "got an illegal address; expected another one; start anew")
+        ]
 
 
 def test_a_layer_it_dies_of_takes_its_chains_with_it(tmp_path: Path) -> None:

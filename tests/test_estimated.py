@@ -19,9 +19,9 @@ from roads import network, save
 from onnx_lowrank.cli import run
 from onnx_lowrank.display import plan_table
 from onnx_lowrank.graph import io
-from onnx_lowrank.latency.chains import Job
 from onnx_lowrank.latency.circumstances import Circumstances
 from onnx_lowrank.latency.estimates import shipped
+from onnx_lowrank.latency.pieces import Job
 from onnx_lowrank.latency.roofline import Roofline, read_roofline
 from onnx_lowrank.latency.table import CACHE_VARIABLE, LatencyTable, Record
 from onnx_lowrank.latency.table_file import sections, to_json

@@ -21,7 +21,7 @@ from onnx_lowrank.chain import Chain, Fit, Folded, Stage
 from onnx_lowrank.graph.check import inferred_shapes
 from onnx_lowrank.graph.layers import layers, shapes_as_trace
 from onnx_lowrank.graph.model import Graph
-from onnx_lowrank.latency.chains import chain_key
+from onnx_lowrank.latency.pieces import chain_key
 from onnx_lowrank.layer import Array, Layer, LayerShape, Shape
 from onnx_lowrank.micro_model import chain_model
 from onnx_lowrank.passes.decompose.network import Link, network

@@ -15,10 +15,11 @@ from onnx import TensorProto
 
 from onnx_lowrank.chain import Chain, Stage
 from onnx_lowrank.latency.blocks import PROBED_RANKS, smallest_block
-from onnx_lowrank.latency.chains import ChainTimer, Job
+from onnx_lowrank.latency.chains import ChainTimer
 from onnx_lowrank.latency.circumstances import Circumstances
 from onnx_lowrank.latency.grid import channel_block, known_block
 from onnx_lowrank.latency.measure import Until, in_turns, steady_clock
+from onnx_lowrank.latency.pieces import Job, Piece, batches, chain_key
 from onnx_lowrank.latency.table import CACHE_VARIABLE, LatencyTable, Record, cache_folder
 from onnx_lowrank.latency.turns import Clock, Now, one_round
 from onnx_lowrank.latency.worker import OverSamples
@@ -60,6 +61,11 @@ def write_rows(path: Path, first: int, rows: int) -> None:
             table.put(HERE, Record(f"key{number}", "conv", float(number), 7))
 
 
+def ms(table: LatencyTable, where: Circumstances = HERE, key: str = "a") -> float | None:
+    record = table.record(key, where)
+    return None if record is None else record.ms
+
+
 def test_two_processes_write_at_once(tmp_path: Path):
     path = tmp_path / "t.sqlite"
     context = multiprocessing.get_context("spawn")
@@ -71,15 +77,15 @@ def test_two_processes_write_at_once(tmp_path: Path):
     assert [worker.exitcode for worker in workers] == [0, 0]
     with LatencyTable(path) as table:
         assert len(table) == 500
-        assert [table.get(f"key{number}", HERE) for number in (0, 250, 499)] == [0.0, 250.0, 499.0]
+        assert [ms(table, key=f"key{number}") for number in (0, 250, 499)] == [0.0, 250.0, 499.0]
 
 
-def test_table_counts_hits_and_misses_and_replaces(tmp_path: Path):
+def test_a_table_replaces_what_it_holds(tmp_path: Path):
     with LatencyTable(tmp_path / "deep" / "t.sqlite") as table:
-        assert table.get("a", HERE) is None
+        assert ms(table) is None
         table.put(HERE, Record("a", "conv", 1.5, 7))
         table.put(HERE, Record("a", "conv", 2.5, 7))
-        assert (table.get("a", HERE), table.hits, table.misses, len(table)) == (2.5, 1, 1, 1)
+        assert (ms(table), len(table)) == (2.5, 1)
         assert table.fact("block") is None
         table.put_fact("block", "16")
         assert table.fact("block") == "16"
@@ -87,6 +93,33 @@ def test_table_counts_hits_and_misses_and_replaces(tmp_path: Path):
 
 def damaged(path: Path) -> None:
     path.write_bytes(b"this is no database" * 400)
+
+
+def test_a_table_of_before_is_gone_on_with(tmp_path: Path):
+    path = tmp_path / "t.sqlite"
+    write_rows(path, 0, 1)
+    with sqlite3.connect(path) as connection:
+        connection.execute("ALTER TABLE latency DROP COLUMN disturbed")
+        connection.execute("PRAGMA user_version = 2")
+    for _ in range(2):
+        with LatencyTable(path) as table:
+            assert table.record("key0", HERE) is not None
+            table.put(HERE, Record("a", "conv", 1.0, 7, disturbed=True))
+            found = table.record("a", HERE)
+            assert found is not None
+            assert found.disturbed is True
+    assert not list(tmp_path.glob("*.unusable-*"))
+
+
+def test_what_was_disturbed_can_be_forgotten_alone(tmp_path: Path):
+    with LatencyTable(tmp_path / "t.sqlite") as table:
+        table.put(HERE, Record("a", "conv", 1.0, 7, disturbed=True))
+        table.put(HERE, Record("b", "conv", 1.0, 7))
+        table.put(HERE.at("extended"), Record("a", "conv", 1.0, 7, disturbed=True))
+        assert table.forget(HERE, disturbed=True) == 1
+        assert [record.key for record in table.records(HERE)] == ["b"]
+        assert table.forget(HERE, disturbed=False) == 1
+        assert len(table) == 1
 
 
 def truncated(path: Path) -> None:
@@ -109,14 +142,14 @@ def test_unusable_file_is_moved_aside(tmp_path: Path, caplog, harm):
     assert len(list(tmp_path.glob("t.sqlite.unusable-*"))) == 1
     assert "is unusable" in caplog.text
     with LatencyTable(path) as table:
-        assert table.get("a", HERE) == 1.0
+        assert ms(table) == 1.0
 
 
 def test_unwritable_folder_means_memory(tmp_path: Path, caplog):
     (tmp_path / "file").write_text("in the way")
     with LatencyTable(tmp_path / "file" / "t.sqlite") as table:
         table.put(HERE, Record("a", "conv", 1.0, 7))
-        assert table.get("a", HERE) == 1.0
+        assert ms(table) == 1.0
     assert "measurements are not kept" in caplog.text
 
 
@@ -141,8 +174,8 @@ def test_latencies_of_other_circumstances_are_not_found(tmp_path: Path):
     with LatencyTable(tmp_path / "t.sqlite") as table:
         for number, where in enumerate(others):
             table.put(where, Record("a", "conv", float(number), 7))
-        assert table.get("a", HERE) is None
-        assert [table.get("a", where) for where in others] == [float(number) for number in range(len(others))]
+        assert ms(table) is None
+        assert [ms(table, where) for where in others] == [float(number) for number in range(len(others))]
         assert table.circumstances() == sorted(others)
     assert Circumstances.here(Target(threads=1, levels=("all",))) == HERE
 
@@ -224,7 +257,23 @@ def test_prices_are_remembered_and_shared(tmp_path: Path):
     with LatencyTable(tmp_path / "t.sqlite") as table:
         warm = ChainTimer(ONE, table)
         assert warm.price(jobs) == prices
-        assert (warm.timed, table.hits, table.misses) == (0, 3, 0)
+        assert (warm.timed, warm.priced) == (0, 3)
+
+
+def test_a_price_remembers_what_disturbed_it(tmp_path: Path):
+    jobs = [Job(layer()), Job(layer(), chain(4)), Job(layer(), chain(8))]
+    with LatencyTable(tmp_path / "t.sqlite") as table:
+        first = ChainTimer(ONE, table)
+        first.price(jobs)
+        held = table.record(chain_key(layer(), chain(4), layer().sites[0]), first.where)
+        assert held is not None
+        for disturbed in (False, True):
+            table.put(first.where, replace(held, disturbed=disturbed))
+            timer = ChainTimer(ONE, table)
+            timer.price(jobs)
+            seen = sum(record.disturbed for record in table.records(first.where))
+            assert (timer.timed, timer.priced, timer.disturbed) == (0, 3, seen)
+            assert disturbed <= bool(seen)
 
 
 def test_price_is_the_weighted_sum_over_sites(tmp_path: Path):
@@ -261,6 +310,17 @@ def test_types_without_kernels_are_priced_as_float32(tmp_path: Path):
         (price,) = timer.price([Job(layer(elem_type=TensorProto.DOUBLE), chain(4))])
         assert price is not None
         assert not timer.dropped
+
+
+def test_what_is_open_at_once_is_bounded():
+    pieces = [Piece(Job(layer(), chain(rank)), layer().sites[0]) for rank in (4, 8, 12)]
+    own = pieces[0].own
+    room = own.open_bytes + pieces[0].open_bytes + pieces[1].open_bytes
+    assert [len(batch) for batch in batches(pieces, room)] == [3, 2]
+    assert [len(batch) for batch in batches(pieces, 0)] == [2, 2, 2]
+    assert all(batch[0] == own for batch in batches(pieces, 0))
+    large = replace(layer().sites[0], input_shape=(1, 8, 640, 640), output_shape=(1, 16, 640, 640))
+    assert Piece(Job(layer()), large).open_bytes > 4 * 640 * 640 * (8 + 16)  # activations, not weights alone
 
 
 @pytest.mark.parametrize("block", [4, 8, 16, 32])

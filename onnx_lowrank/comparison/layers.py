@@ -8,7 +8,8 @@ from dataclasses import replace
 from onnx_lowrank.candidates import Candidate
 from onnx_lowrank.comparison.model import Budget, Contender, LayerComparison, on_front
 from onnx_lowrank.goals import Goal
-from onnx_lowrank.latency.chains import ChainTimer, Job, Share
+from onnx_lowrank.latency.chains import ChainTimer, Share
+from onnx_lowrank.latency.pieces import Job
 from onnx_lowrank.progress import Phases
 from onnx_lowrank.search.calibrated import CalibratedTable
 from onnx_lowrank.search.matched import best_within, by_method, cost_of

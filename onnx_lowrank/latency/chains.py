@@ -8,25 +8,23 @@ again. All this happens in a process of its own: a chain that it dies of has no 
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-import numpy as np
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
 from onnx_lowrank.chain import Chain
-from onnx_lowrank.latency.child import Child, MeasuringError, shared
+from onnx_lowrank.latency.child import Child, CrowdedError, MeasuringError, shared
 from onnx_lowrank.latency.circumstances import Circumstances
 from onnx_lowrank.latency.estimate import Interval
 from onnx_lowrank.latency.measure import DISTURBED_SHARE, Until, steady_clock
 from onnx_lowrank.latency.messages import Contest, Finished, Subject
+from onnx_lowrank.latency.pieces import Job, Piece, batches
 from onnx_lowrank.latency.table import LatencyTable, Record
 from onnx_lowrank.latency.work import in_words
-from onnx_lowrank.layer import Layer, Site
-from onnx_lowrank.micro_model import chain_model
+from onnx_lowrank.layer import Layer
 from onnx_lowrank.plan import MEASURED
 from onnx_lowrank.runtime import UnsupportedTypeError
 from onnx_lowrank.target import Target
@@ -37,15 +35,6 @@ Progress = Callable[[int, int], None]
 _UNTIL = Until(rounds=9, half_width=0.02, most=21, sample_s=0.001, resting=True)
 _BUDGET_S = 1.0  # of each chain; an eighth at most warms up
 ANCHORS = 4  # layers timed again to see how the machine has changed
-OPEN_BYTES = 256 << 20  # weights of sessions held open at once; onnxruntime keeps about twice as much
-
-
-@dataclass(frozen=True)
-class Job:
-    """A chain to be priced for a layer; None is the layer as it is."""
-
-    layer: Layer
-    chain: Chain | None = None
 
 
 @dataclass(frozen=True)
@@ -55,15 +44,6 @@ class Dropped:
     layer: Layer
     chain: Chain | None
     reason: str
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """One chain at one site: what is really timed."""
-
-    key: str
-    job: Job
-    site: Site
 
 
 @dataclass(frozen=True)
@@ -87,12 +67,14 @@ class Pricer(Protocol):
     Attributes:
         source: Whether they are "measured" or "estimated".
         timed: Pieces (chain at a site) timed so far.
-        disturbed: How many of them other work disturbed.
+        priced: Pieces whose price was asked for so far, timed now or before.
+        disturbed: How many of these were timed beside other work on the machine.
         dropped: Chains without a price.
     """
 
     source: str
     timed: int
+    priced: int
     disturbed: int
     dropped: list[Dropped]
 
@@ -105,14 +87,6 @@ class Pricer(Protocol):
         ...
 
 
-def chain_key(layer: Layer, chain: Chain | None, site: Site) -> str:
-    """What is timed for a chain (None: the layer itself) at a site, for latency tables."""
-    stages = chain.stages if chain is not None else None
-    behind = ("Conv",) if site.before_conv else ()
-    what = repr((layer.shape, layer.form, stages, site.input_shape, site.output_shape, *behind))
-    return hashlib.sha256(what.encode()).hexdigest()
-
-
 class ChainTimer:
     """Prices chains on one target.
 
@@ -123,7 +97,9 @@ class ChainTimer:
         child: The measuring process; None: the one that everything shares.
 
     Attributes:
+        where: Circumstances that prices are put into the table under.
         timed: Pieces (chain at a site) timed so far; 0 when everything was in the table.
+        priced: Pieces whose price was asked for so far, timed now or before.
         disturbed: Those of them that were timed beside other work on the machine.
         dropped: Chains that could not be timed.
     """
@@ -132,11 +108,13 @@ class ChainTimer:
 
     def __init__(self, target: Target, table: LatencyTable, level: str = "all", child: Child | None = None) -> None:
         self.target, self.table, self.level = target, table, level
-        self.timed = self.disturbed = 0
+        self.timed = self.priced = self.disturbed = 0
         self.dropped: list[Dropped] = []
+        self._used: dict[str, bool] = {}
+        self._now: set[str] = set()
         self._child = child or shared()
         self._without_kernels: set[int] = set()
-        self._clock, self._where = steady_clock(target), Circumstances.here(target, level)
+        self._clock, self.where = steady_clock(target), Circumstances.here(target, level)
 
     def price(self, jobs: Sequence[Job], progress: Progress | None = None) -> list[float | None]:
         """Milliseconds per run of the model for each job: the sum over the layer's sites of count times latency.
@@ -148,12 +126,12 @@ class ChainTimer:
         Returns:
             One price per job; None for a chain that could not be timed (see `dropped`).
         """
-        pieces = [[self._piece(job, site) for site in job.layer.sites] for job in jobs]
+        pieces = [[Piece(job, site) for site in job.layer.sites] for job in jobs]
         unique = {piece.key: piece for row in pieces for piece in row}
-        known: dict[str, float | None] = {
-            key: ms for key in unique if (ms := self.table.get(key, self._where)) is not None
-        }
-        for batch in self._batches([piece for key, piece in unique.items() if key not in known]):
+        records = [r for key in unique if (r := self.table.record(key, self.where)) is not None and r.ms is not None]
+        known: dict[str, float | None] = {record.key: record.ms for record in records}
+        self._note(records)
+        for batch in batches([piece for key, piece in unique.items() if key not in known]):
             known |= self._time(batch)
             if progress is not None:
                 progress(len(known), len(unique))
@@ -171,16 +149,16 @@ class ChainTimer:
         Returns:
             One per job; None for a chain that could not be timed.
         """
-        pieces = [[self._piece(job, site) for site in job.layer.sites] for job in jobs]
+        pieces = [[Piece(job, site) for site in job.layer.sites] for job in jobs]
         unique = {piece.key: piece for row in pieces for piece in row}
         found: dict[str, Share] = {}
-        for batch in self._batches(list(unique.values())):
-            timed = self._measured(batch, replace(_UNTIL, budget_s=_BUDGET_S * len(batch)))
-            if timed.paired is not None:
-                kept = [piece for index, piece in enumerate(batch) if index not in timed.refused]
-                own_ms = timed.paired.timings[0].median_ms
-                for piece, ratio, (low, high) in zip(kept, timed.paired.ratios, timed.paired.ci95, strict=True):
-                    found[piece.key] = Share(own_ms, 1 / ratio, (1 / high, 1 / low))
+        for batch in batches(list(unique.values())):
+            for part, timed in self._measured(batch):
+                if timed.paired is not None:
+                    kept = [piece for index, piece in enumerate(part) if index not in timed.refused]
+                    own_ms = timed.paired.timings[0].median_ms
+                    for piece, ratio, (low, high) in zip(kept, timed.paired.ratios, timed.paired.ci95, strict=True):
+                        found[piece.key] = Share(own_ms, 1 / ratio, (1 / high, 1 / low))
             if progress is not None:
                 progress(len(found), len(unique))
         return [_summed([(piece.site.count, found.get(piece.key)) for piece in row]) for row in pieces]
@@ -200,79 +178,83 @@ class ChainTimer:
         costs = dict(zip([layer.key for layer in layers], self.price([Job(layer) for layer in layers]), strict=True))
         costly = sorted(layers, key=lambda layer: costs[layer.key] or 0.0)[-ANCHORS:]
         before = sum(costs[layer.key] or 0.0 for layer in costly)
-        pieces = [self._piece(Job(layer), site) for layer in costly for site in layer.sites]
-        found = self._measured(pieces, replace(_UNTIL, budget_s=budget_s, resting=False), model)
+        pieces = [Piece(Job(layer), site) for layer in costly for site in layer.sites]
+        try:
+            found = self._contest(pieces, replace(_UNTIL, budget_s=budget_s, resting=False), model)
+        except CrowdedError:
+            return 1.0
         if found.paired is None or found.refused or before <= 0:
             return 1.0
         shares = zip(pieces, found.paired.ratios[1:], strict=True)
         return sum(piece.site.count / ratio for piece, ratio in shares) * model_ms / before
 
-    def _piece(self, job: Job, site: Site) -> _Piece:
-        return _Piece(chain_key(job.layer, job.chain, site), job, site)
+    def _time(self, batch: Sequence[Piece]) -> dict[str, float | None]:
+        prices: dict[str, float | None] = {}
+        for part, found in self._measured(batch):
+            prices |= self._prices(part, found)
+        return prices
 
-    def _batches(self, pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:
-        """Pieces of equal layers on equal shapes, the layer itself in front, few enough to be open at once."""
-        groups: dict[str, list[_Piece]] = {}
-        for piece in pieces:
-            own = self._piece(Job(piece.job.layer), piece.site)
-            group = groups.setdefault(own.key, [own])
-            if piece.key != own.key:
-                group.append(piece)
-        for own, *others in groups.values():
-            batch, size = [own], _weight_bytes(own)
-            for piece in others:
-                if size + _weight_bytes(piece) > OPEN_BYTES and len(batch) > 1:
-                    yield batch
-                    batch, size = [own], _weight_bytes(own)
-                batch.append(piece)
-                size += _weight_bytes(piece)
-            yield batch
-
-    def _time(self, batch: Sequence[_Piece]) -> dict[str, float | None]:
-        found = self._measured(batch, replace(_UNTIL, budget_s=_BUDGET_S * len(batch)))
+    def _prices(self, part: Sequence[Piece], found: Finished) -> dict[str, float | None]:
+        """Prices of pieces that ran in turns, put into the table; pieces that did not run have none."""
         prices: dict[str, float | None] = {}
         for index, error in found.refused.items():
-            piece = batch[index]
+            piece = part[index]
             reason = error.reason if isinstance(error, MeasuringError) else str(error)
             self.dropped.append(Dropped(piece.job.layer, piece.job.chain, reason))
             prices[piece.key] = None
-        timed = [piece for index, piece in enumerate(batch) if index not in found.refused]
+        timed = [piece for index, piece in enumerate(part) if index not in found.refused]
         if found.paired is None:
             return prices
         own_ms = found.paired.timings[0].median_ms
         # Prices of a layer timed in several batches, or in another run, share one scale: the layer's first latency.
         scale = (self._remembered(timed[0]) if timed[0].job.chain is None else None) or own_ms
+        busy = found.paired.disturbed_rounds > DISTURBED_SHARE
         for piece, ratio in zip(timed, found.paired.ratios, strict=True):
             prices[piece.key] = ms = scale / ratio
             what = in_words(piece.job.layer, piece.job.chain, piece.site)
-            self.table.put(self._where, Record(piece.key, what, ms, found.paired.rounds))
+            record = Record(piece.key, what, ms, found.paired.rounds, disturbed=busy)
+            self.table.put(self.where, record)
+            self._note([record])
+            self._now.add(piece.key)
             logger.debug("%s %.3f ms", what, ms)
-        self.timed += len(timed)
-        self.disturbed += len(timed) if found.paired.disturbed_rounds > DISTURBED_SHARE else 0
+        self.timed = len(self._now)
         return prices
 
-    def _measured(self, batch: Sequence[_Piece], until: Until, *first: Subject) -> Finished:
-        """The batch in turns, behind what stands `first`; as float32 where the provider lacks kernels for its type."""
-        subjects = [*first, *(self._subject(piece) for piece in batch)]
-        found = self._child.contest(Contest(subjects, until, self._clock))
+    def _measured(self, batch: Sequence[Piece]) -> list[tuple[Sequence[Piece], Finished]]:
+        """The batch in turns; in two halves, each behind the layer, and so on, where memory is too small for all."""
+        try:
+            return [(batch, self._contest(batch, replace(_UNTIL, budget_s=_BUDGET_S * len(batch))))]
+        except CrowdedError:
+            own, *others = batch
+            half = (len(others) + 1) // 2
+            logger.info("%d chains do not fit into memory together: half of them at once", len(others))
+            return [*self._measured([own, *others[:half]]), *self._measured([own, *others[half:]])]
+
+    def _contest(self, batch: Sequence[Piece], until: Until, *first: Subject) -> Finished:
+        """The batch in turns, behind what stands `first`; as float32 where the provider lacks kernels for its type.
+
+        Raises:
+            CrowdedError: if memory runs out with several of them open.
+        """
+        kinds = [piece.job.layer.form.elem_type for piece in batch]
+        kinds = [TensorProto.FLOAT if kind in self._without_kernels else kind for kind in kinds]
+        own = [piece.subject(self.target, self.level, kind) for piece, kind in zip(batch, kinds, strict=True)]
+        found = self._child.contest(Contest([*first, *own], until, self._clock))
         lacking = {i - len(first) for i, error in found.refused.items() if isinstance(error, UnsupportedTypeError)}
         types = {batch[i].job.layer.form.elem_type for i in lacking if i >= 0}
         types -= self._without_kernels | {TensorProto.FLOAT}
         if not types:
             return found
         self._without_kernels |= types
-        return self._measured(batch, until, *first)
+        return self._contest(batch, until, *first)
 
-    def _subject(self, piece: _Piece) -> Subject:
-        kind = piece.job.layer.form.elem_type
-        kind = TensorProto.FLOAT if kind in self._without_kernels else kind
-        model = chain_model(piece.job.layer, piece.job.chain, piece.site, elem_type=kind)
-        x = np.random.default_rng(0).standard_normal(piece.site.input_shape)
-        feeds = {model.graph.input[0].name: x.astype(helper.tensor_dtype_to_np_dtype(kind))}
-        return Subject(model.SerializeToString(), self.level, self.target, [(feeds, 1.0)])
+    def _note(self, records: Sequence[Record]) -> None:
+        """Count what prices were taken from."""
+        self._used |= {record.key: record.disturbed for record in records}
+        self.priced, self.disturbed = len(self._used), sum(self._used.values())
 
-    def _remembered(self, piece: _Piece) -> float | None:
-        record = self.table.record(piece.key, self._where)
+    def _remembered(self, piece: Piece) -> float | None:
+        record = self.table.record(piece.key, self.where)
         return None if record is None else record.ms
 
 
@@ -293,8 +275,3 @@ def _summed(parts: Sequence[tuple[float, Share | None]]) -> Share | None:
         for bounds in zip(*((share.of_layer, *share.ci95) for _, share in known), strict=True)
     )
     return Share(whole, value, (low, high))
-
-
-def _weight_bytes(piece: _Piece) -> int:
-    chain = piece.job.chain
-    return 4 * (piece.job.layer.shape.params if chain is None else chain.params)

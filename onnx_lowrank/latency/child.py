@@ -37,6 +37,7 @@ _READ_BYTES_PER_S = 10e6
 # A round runs each subject for a millisecond, or once; no candidate takes a hundred times as long as its layer.
 _TIMES_FIRST = 100.0
 _GRACE_S = 5.0
+_PAIR = 2  # a layer and one chain: fewer is no comparison
 _SIGKILL = 9  # the signal module of Windows has none
 
 
@@ -45,6 +46,7 @@ class MeasuringError(ProviderError):
 
     def __init__(self, what: str, index: int | None) -> None:
         self.what, self.index = what, index
+        self.no_memory = "out of memory" in what
         super().__init__(
             f"models whose measuring process {what}", "a provider that runs them", "try another one, or other options"
         )
@@ -53,6 +55,10 @@ class MeasuringError(ProviderError):
     def reason(self) -> str:
         """As a sentence of the report."""
         return f"the measuring process {self.what}"
+
+
+class CrowdedError(MeasuringError):
+    """Memory ran out while several subjects were open: fewer of them may do."""
 
 
 class Child:
@@ -91,22 +97,33 @@ class Child:
     def contest(self, contest: Contest) -> Finished:
         """`ask`, without the subjects that the process dies of; they are among the refused.
 
-        If it dies of the first subject, or of no single one, all are refused.
+        If it dies of the first subject, or of no single one, all are refused. An error on a device may leave nothing
+        usable behind in the process: what failed first is left out then, and all others are asked for anew.
+
+        Raises:
+            CrowdedError: if it ran out of memory with more than two of them.
         """
         refused: dict[int, LowRankError] = {}
         left = list(range(len(contest.subjects)))
-        while True:
+        while left:
             part = replace(contest, subjects=[contest.subjects[index] for index in left])
             try:
                 found = self.ask(part)
             except MeasuringError as error:
+                if error.no_memory and len(left) > _PAIR:
+                    raise CrowdedError(error.what, None) from error
                 culprits = {error.index: error} if error.index is not None else self._culprits(part)
                 if 0 in culprits or not culprits:
                     return Finished(None, refused | dict.fromkeys(left, culprits.get(0, error)))
                 refused |= {left[index]: error for index, error in culprits.items()}
                 left = [index for place, index in enumerate(left) if place not in culprits]
-            else:
+                continue
+            failed = _failed_on_device(part, found)
+            if failed is None:
                 return Finished(found.paired, refused | {left[i]: error for i, error in found.refused.items()})
+            self.close()
+            refused[left.pop(failed)] = found.refused[failed]
+        return Finished(None, refused)
 
     def close(self) -> None:
         """End the process."""
@@ -202,6 +219,14 @@ class Child:
                 except OSError:  # what it did not read any more cannot be flushed
                     continue
         self._process = None
+
+
+def _failed_on_device(contest: Contest, found: Finished) -> int | None:
+    """The first subject that failed on a device, not at its provider's door; None if there is none."""
+    for index, error in sorted(found.refused.items()):
+        if contest.subjects[index].target.provider != "cpu" and not isinstance(error, ProviderError):
+            return index
+    return None
 
 
 def _listen(source: IO[bytes], said: queue.SimpleQueue[Message | None]) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import platformdirs
 
@@ -22,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 CACHE_VARIABLE = "ONNX_LOWRANK_CACHE"
 CHAIN, MODEL = "chain", "model"
-_SCHEMA = 2
+_SCHEMA = 3
 _CREATE = f"""
     BEGIN IMMEDIATE;
     CREATE TABLE IF NOT EXISTS circumstances (
@@ -32,11 +33,12 @@ _CREATE = f"""
     CREATE TABLE IF NOT EXISTS latency (
         key TEXT NOT NULL, circumstances TEXT NOT NULL REFERENCES circumstances (digest), kind TEXT NOT NULL,
         what TEXT NOT NULL, median_ms REAL, samples INTEGER NOT NULL, reason TEXT NOT NULL, measured REAL NOT NULL,
-        PRIMARY KEY (key, circumstances));
+        disturbed INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (key, circumstances));
     CREATE TABLE IF NOT EXISTS fact (key TEXT PRIMARY KEY, value TEXT NOT NULL, created REAL NOT NULL);
     PRAGMA user_version = {_SCHEMA};
     COMMIT;
 """
+_ADD_DISTURBED = "ALTER TABLE latency ADD COLUMN disturbed INTEGER NOT NULL DEFAULT 0;"
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Record:
         kind: "chain" (a layer is a chain too) or "model".
         reason: Why it could not be timed.
         measured: When, in seconds since 1970.
+        disturbed: Timed beside other work on the machine, as far as that was seen.
     """
 
     key: str
@@ -60,6 +63,7 @@ class Record:
     kind: str = CHAIN
     reason: str = ""
     measured: float = field(default_factory=time.time)
+    disturbed: bool = False
 
 
 def cache_folder() -> Path:
@@ -76,15 +80,10 @@ class LatencyTable:
 
     Args:
         path: The file; None means `latency.sqlite` in `cache_folder()`.
-
-    Attributes:
-        hits: Latencies found by `get` so far.
-        misses: Latencies `get` did not find.
     """
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path or cache_folder() / "latency.sqlite"
-        self.hits = self.misses = 0
         self._connection = self._open()
         self._known: set[str] = set()
         self._whole = False
@@ -103,20 +102,11 @@ class LatencyTable:
     def __len__(self) -> int:
         return int(self._connection.execute("SELECT count(*) FROM latency").fetchone()[0])
 
-    def get(self, key: str, where: Circumstances) -> float | None:
-        """The median in milliseconds, or None if it was not measured under these circumstances."""
-        record = self.record(key, where)
-        if record is None or record.ms is None:
-            self.misses += 1
-            return None
-        self.hits += 1
-        return record.ms
-
     def record(self, key: str, where: Circumstances) -> Record | None:
-        """All that is known about something timed, or None; not counted as asked for."""
+        """All that is known about something timed, or None."""
         query = f"SELECT {_FIELDS} FROM latency WHERE key = ? AND circumstances = ?"  # noqa: S608 - a constant
         row = self._connection.execute(query, (key, where.digest)).fetchone()
-        return None if row is None else Record(*row)
+        return None if row is None else _record(row)
 
     def put(self, where: Circumstances, record: Record) -> None:
         """Remember a latency; one measured earlier is replaced."""
@@ -127,7 +117,8 @@ class LatencyTable:
             self._write("INSERT OR IGNORE INTO circumstances VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
             self._known.add(digest)
         latency = (record.key, digest, record.kind, record.what, record.ms, record.samples, record.reason)
-        self._write("INSERT OR REPLACE INTO latency VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (*latency, record.measured))
+        row = (*latency, record.measured, int(record.disturbed))
+        self._write("INSERT OR REPLACE INTO latency VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
 
     def circumstances(self) -> list[Circumstances]:
         """All there are latencies of, sorted."""
@@ -141,7 +132,7 @@ class LatencyTable:
     def records(self, where: Circumstances) -> list[Record]:
         """Everything timed under these circumstances, by kind and key."""
         query = f"SELECT {_FIELDS} FROM latency WHERE circumstances = ? ORDER BY kind, key"  # noqa: S608 - a constant
-        return [Record(*row) for row in self._connection.execute(query, (where.digest,))]
+        return [_record(row) for row in self._connection.execute(query, (where.digest,))]
 
     def fact(self, key: str) -> str | None:
         """Something learnt about a machine or a model, or None."""
@@ -151,6 +142,11 @@ class LatencyTable:
     def put_fact(self, key: str, value: str) -> None:
         """Remember something learnt about a machine or a model."""
         self._write("INSERT OR REPLACE INTO fact VALUES (?, ?, ?)", (key, value, time.time()))
+
+    def forget(self, where: Circumstances, *, disturbed: bool) -> int:
+        """Remove the latencies of these circumstances, or the disturbed ones among them; returns how many."""
+        query = "DELETE FROM latency WHERE circumstances = ? AND disturbed >= ?"
+        return int(self._connection.execute(query, (where.digest, int(disturbed))).rowcount)
 
     @contextlib.contextmanager
     def as_one(self) -> Generator[None]:
@@ -208,7 +204,12 @@ class LatencyTable:
         return _connect(self.path)
 
 
-_FIELDS = "key, what, median_ms, samples, kind, reason, measured"  # in the order of `Record`
+_FIELDS = "key, what, median_ms, samples, kind, reason, measured, disturbed"  # in the order of `Record`
+
+
+def _record(row: tuple[Any, ...]) -> Record:
+    *fields, disturbed = row
+    return Record(*fields, disturbed=bool(disturbed))
 
 
 def _connect(path: Path | str) -> sqlite3.Connection:
@@ -223,7 +224,9 @@ def _connect(path: Path | str) -> sqlite3.Connection:
 
 def _prepare(connection: sqlite3.Connection) -> None:
     version = connection.execute("PRAGMA user_version").fetchone()[0]
-    if version not in {0, _SCHEMA}:
+    if version == 2:  # nothing was said then about what disturbed a measurement
+        connection.executescript(f"{_ADD_DISTURBED} PRAGMA user_version = {_SCHEMA};")
+    elif version not in {0, _SCHEMA}:
         raise sqlite3.DatabaseError(f"schema {version}, expected {_SCHEMA}")
     if version == 0:
         connection.execute("PRAGMA journal_mode = WAL")

@@ -54,6 +54,11 @@ class Section:
         return sum(record.ms is None for record in self.records)
 
     @property
+    def disturbed(self) -> int:
+        """How many were timed beside other work."""
+        return sum(record.disturbed for record in self.records)
+
+    @property
     def measured(self) -> tuple[str, str]:
         """First and last day of measuring, 2026-11-22."""
         times = [record.measured for record in self.records] or [0.0]
@@ -154,8 +159,11 @@ def _record(raw: dict[str, Any]) -> Record:
     if not isinstance(samples, int) or not 0 <= samples <= MOST_SAMPLES:
         raise ValueError(f"samples {samples!r} of {what}")
     measured = datetime.fromisoformat(str(raw["measured"])).timestamp()
+    disturbed = raw.get("disturbed", False)  # which measure.py does not judge
+    if not isinstance(disturbed, bool):
+        raise TypeError(f"disturbed {disturbed!r} of {what}")
     price = None if ms is None else float(ms)
-    return Record(str(raw["key"]), what, price, samples, str(kind), str(raw["reason"]), measured)
+    return Record(str(raw["key"]), what, price, samples, str(kind), str(raw["reason"]), measured, disturbed)
 
 
 def _is_number(value: object) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from onnx_lowrank.progress import Phases
 from onnx_lowrank.report.basis import data_free_layers, data_notes, loss_of, sampling
 from onnx_lowrank.report.build import layer_rows
 from onnx_lowrank.report.model import Accuracy, Dropped, GoalRow, Latency, Report, Size
+from onnx_lowrank.report.remarks import disturbed_prices, remarks_on
 from onnx_lowrank.runtime import UnsupportedTypeError
 from onnx_lowrank.search.analysis import REPORT_SEED, Analysis
 from onnx_lowrank.search.attempt import GOAL_SHARE
@@ -28,11 +28,6 @@ from onnx_lowrank.search.source import Source
 from onnx_lowrank.search.survey import survey
 from onnx_lowrank.settings import Settings
 from onnx_lowrank.validation import Validation, compare
-
-# Below this speedup by low rank alone the report says that it is not worth it.
-WORTH_IT = 1.1
-# The report says that measurements were disturbed if more than this share of the prices was; the final race always.
-DISTURBED_PRICES = 0.1
 
 
 def assemble(
@@ -70,7 +65,7 @@ def assemble(
     with phases.phase("count"):
         size = _size(analysis, path)
         left_out = data_free_layers(analysis)
-        remarks = _remarks(analysis, path, found, latency, left_out or {})
+        remarks = remarks_on(analysis, path, found, latency, left_out or {})
     names, told = _names(analysis), data_notes(analysis, _labelled(source, settings))
     return Report(
         model={"path": str(source.path), "sha256": source.sha256, "opset": analysis.ready.survey.graph.opset},
@@ -143,7 +138,7 @@ def _latency(analysis: Analysis, path: Path) -> Latency:
         low_rank_ci95=(low_rank.low, low_rank.high),
         samples=race.rounds,
         clock=race.clock.value,
-        disturbed=race.disturbed or analysis.timer.disturbed > DISTURBED_PRICES * analysis.timer.timed,
+        disturbed=race.disturbed or disturbed_prices(analysis.timer),
         levels=levels,
     )
 
@@ -181,29 +176,6 @@ def _accuracy(source: Source, path: Path, settings: Settings, before: Scores) ->
         ci95_after=(new.low, new.high),
         samples=len(given),
     )
-
-
-def _remarks(
-    analysis: Analysis, path: Path, found: Validation, latency: Latency, left_out: Mapping[str, str]
-) -> list[str]:
-    """What the figures alone do not say."""
-    remarks: list[str] = []
-    gain = latency.low_rank_speedup
-    if any(candidate.chain for candidate in analysis.outcome.best.chosen) and gain < WORTH_IT:
-        low, high = latency.low_rank_ci95
-        remarks.append(
-            f"low rank alone makes it {gain:.3f}x as fast ({low:.3f} to {high:.3f}): hardly worth what it costs"
-        )
-    inputs = [{value.name for value in io.load(p).to_proto().graph.input} for p in (analysis.source.path, path)]
-    if gone := inputs[0] - inputs[1]:
-        remarks.append(f"{len(gone)} initializers that were listed as inputs too (IR version 3 style) no longer are")
-    if free := [c for c in analysis.outcome.best.chosen if c.chain is not None and c.key in left_out]:
-        remarks.append(f"{len(free)} factorized layers were not calibrated, and their error is that of the weight")
-    if broken := sum(output.non_finite_reference for output in found.outputs):
-        remarks.append(f"the original gives {broken} NaN or infinite values, which no figure counts")
-    if analysis.source.labelled is not None and analysis.bench.racer.as_float32:
-        remarks.append("the task metric was not evaluated: the provider has no kernels for the model's element types")
-    return remarks
 
 
 def _size(analysis: Analysis, path: Path) -> Size:

@@ -205,13 +205,13 @@ def pursue(
     with phases.phase("search"):
         # In turns with the original, as the finished model will be timed; a race of one would end after a moment.
         baseline = ground.baseline or ready.racer.race([ready.original, ready.normalized])
-        if there is None:
-            both = [(ready.original, f"original {source.path.name}"), (ready.normalized, "normalized")]
-            remember_models(ready.racer, both, baseline)
         normalized_ms, by_size = baseline.timings[1].median_ms, isinstance(settings.goal, KeepMacs | KeepParams)
         prediction = Prediction(ground.rows, normalized_ms)
         if foretell or not by_size:
             prediction = _prediction(ground.rows, normalized_ms, ready, timer)
+        if there is None:
+            both = [(ready.original, f"original {source.path.name}"), (ready.normalized, "normalized")]
+            remember_models(ready.racer, both, baseline, prediction.drift)
         parts = (bench, prediction, baseline, ground.allocator, ready.original, ready.normalized, plan_of, error_of)
         loop = (
             Foresight(*parts, planned_for=there.label, source=timer.source)

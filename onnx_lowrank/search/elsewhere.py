@@ -12,11 +12,12 @@ import numpy as np
 
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.graph import io
-from onnx_lowrank.latency.chains import Dropped, Job, Progress, chain_key, total
+from onnx_lowrank.latency.chains import Dropped, Progress, total
 from onnx_lowrank.latency.circumstances import Circumstances, lowered_by
 from onnx_lowrank.latency.grid import Kind, known_block
 from onnx_lowrank.latency.measure import Paired, Timing, steady_clock
 from onnx_lowrank.latency.messages import Subject
+from onnx_lowrank.latency.pieces import Job, chain_key
 from onnx_lowrank.latency.table import MODEL, LatencyTable, Record
 from onnx_lowrank.latency.table_file import day
 from onnx_lowrank.latency.turns import Clock
@@ -138,7 +139,7 @@ class RememberedPrices:
 
     def __init__(self, there: Elsewhere, level: str) -> None:
         self._there, self._where = there, there.where.at(level)
-        self.timed = self.disturbed = 0
+        self.timed = self.priced = self.disturbed = 0
         self.dropped: list[Dropped] = []
 
     def price(self, jobs: Sequence[Job], progress: Progress | None = None) -> list[float | None]:
@@ -159,7 +160,7 @@ class RememberedPrices:
         return prices
 
     def drift(self, layers: Sequence[Layer], model: Subject, model_ms: float, budget_s: float) -> float:
-        """1: everything was timed there, at one time."""
+        """1: models are in the table on the scale of their chains."""
         del layers, model, model_ms, budget_s
         return 1.0
 
@@ -233,10 +234,17 @@ def model_key(sha256: str, samples: Sequence[Sample], *, as_float32: bool) -> st
     return hashlib.sha256(what.encode()).hexdigest()
 
 
-def remember_models(racer: Racer, contestants: Sequence[tuple[Contestant, str]], race: Paired) -> None:
+def remember_models(racer: Racer, contestants: Sequence[tuple[Contestant, str]], race: Paired, drift: float) -> None:
     """Put whole models, with what they are in words, and their race into the user's table: others may plan by it.
 
     Not those that are timed by another clock than their chains, because of their size: a plan would mix the two.
+
+    Args:
+        racer: Has timed them.
+        contestants: The models.
+        race: In the same order.
+        drift: How many times as long the machine takes now as when the chains of the table were timed: a plan by the
+            table compares the two.
     """
     if race.clock is not steady_clock(racer.target):
         return
@@ -245,7 +253,9 @@ def remember_models(racer: Racer, contestants: Sequence[tuple[Contestant, str]],
             sha256 = io.model_sha256(contestant.path)
             key = model_key(sha256, racer.samples, as_float32=racer.as_float32)
             where = Circumstances.here(racer.target, contestant.level)
-            table.put(where, Record(key, f"{what} {sha256[:12]}", timing.median_ms, race.rounds, MODEL))
+            ms = timing.median_ms / drift
+            record = Record(key, f"{what} {sha256[:12]}", ms, race.rounds, MODEL, disturbed=race.disturbed)
+            table.put(where, record)
 
 
 def _shapes(samples: Sequence[Sample]) -> str:

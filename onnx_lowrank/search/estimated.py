@@ -17,10 +17,11 @@ from onnx_lowrank.graph import io
 from onnx_lowrank.graph.keys import keyed_nodes
 from onnx_lowrank.graph.layers import layers
 from onnx_lowrank.graph.model import Graph
-from onnx_lowrank.latency.chains import Dropped, Job, Progress
+from onnx_lowrank.latency.chains import Dropped, Progress
 from onnx_lowrank.latency.grid import Kind
 from onnx_lowrank.latency.measure import Paired, Timing
 from onnx_lowrank.latency.messages import Subject
+from onnx_lowrank.latency.pieces import Job
 from onnx_lowrank.latency.roofline import Features, Roofline
 from onnx_lowrank.latency.turns import Clock
 from onnx_lowrank.latency.work import FLOAT32, OpClass, elem_type_of, work_of
@@ -81,7 +82,7 @@ class EstimatedPrices:
 
     def __init__(self, roofline: Roofline) -> None:
         self._roofline = roofline
-        self.timed = self.disturbed = 0
+        self.timed = self.priced = self.disturbed = 0
         self.dropped: list[Dropped] = []
 
     def price(self, jobs: Sequence[Job], progress: Progress | None = None) -> list[float | None]:

@@ -255,7 +255,7 @@ class Loop:
         dense = {row.layer.key: row.keep for row in prediction.rows}
         fewer = tuple(dense[c.key] if c.key in keys else c for c in best.chosen)
         other = self._attempt(fewer, prediction)
-        race = self.bench.racer.race([Contestant(best.path, best.level), self.bench.racer.best_level(other.path)])
+        race, _ = self.bench.racer.trial([Contestant(best.path, best.level)], other.path)
         logger.info("without %d doubtful chains: %s as fast", len(keys), race.ratio(0, 1))
         if race.ratio(0, 1).value < NO_SLOWER:
             return None
@@ -287,5 +287,5 @@ class Loop:
 
     def timed(self, attempt: Attempt) -> Attempt:
         """The attempt with original, normalized and its model run in turns."""
-        final = self.bench.racer.best_level(attempt.path)
-        return replace(attempt, level=final.level, race=self.bench.racer.race([self.original, self.normalized, final]))
+        race, level = self.bench.racer.trial([self.original, self.normalized], attempt.path)
+        return replace(attempt, level=level, race=race)

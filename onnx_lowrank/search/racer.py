@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from onnx_lowrank.errors import InputError, ProviderError
 from onnx_lowrank.graph import io, twin
 from onnx_lowrank.graph.model import Graph
 from onnx_lowrank.graph.size import LARGE_BYTES, file_bytes
+from onnx_lowrank.latency.child import MeasuringError
 from onnx_lowrank.latency.measure import Paired
 from onnx_lowrank.latency.messages import Subject, Weighted
 from onnx_lowrank.latency.race import race
@@ -81,6 +83,20 @@ class Racer:
         timed = race(entries, self.target, self._weighted(), seconds or self.seconds)
         self.cores = timed.cores
         return timed
+
+    def trial(self, rivals: Sequence[Contestant], path: Path) -> tuple[Paired, str]:
+        """A trial model in turns behind its rivals, which have run before, and the level it is fastest at.
+
+        Raises:
+            MeasuringError: if it does not run, whatever the provider says about it.
+        """
+        try:
+            final = self.best_level(path)
+            return self.race([*rivals, final]), final.level
+        except MeasuringError:
+            raise
+        except (InputError, ProviderError) as error:
+            raise MeasuringError(f"refused it ({error})", len(rivals)) from error
 
     def subject(self, contestant: Contestant) -> Subject | None:
         """A contestant to be timed beside chains; None where it is too large for that."""

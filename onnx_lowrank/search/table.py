@@ -10,7 +10,8 @@ from threadpoolctl import threadpool_limits
 
 from onnx_lowrank.candidates import Candidate, Grid, candidate, keep
 from onnx_lowrank.decomposition import Decomposition, Rank
-from onnx_lowrank.latency.chains import Job, Pricer
+from onnx_lowrank.latency.chains import Pricer
+from onnx_lowrank.latency.pieces import Job
 from onnx_lowrank.layer import Array, Layer, LayerShape
 from onnx_lowrank.search.factorizations import FactorizationCache
 
