@@ -73,6 +73,10 @@ class Scripted:
         ratios = tuple(times[0] / ms for ms in times)
         return Paired(timings, ratios, tuple((r, r) for r in ratios), ROUNDS, Clock.CPU, disturbed=False)
 
+    def trial(self, rivals: Sequence[Contestant], path: Path) -> tuple[Paired, str]:
+        final = self.best_level(path)
+        return self.race([*rivals, final]), final.level
+
     def ms(self, path: Path) -> float:
         rewritten = str(path).split("+")[1:]
         return self.layers * DENSE_MS + sum(self.chains[key] - DENSE_MS for key in rewritten)

@@ -9,6 +9,7 @@ import re
 from io import StringIO
 from pathlib import Path
 
+import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +19,9 @@ from roads import network, save
 
 from onnx_lowrank.cli import run
 from onnx_lowrank.display import plan_table
+from onnx_lowrank.errors import InputError
 from onnx_lowrank.graph import io
+from onnx_lowrank.latency.child import MeasuringError
 from onnx_lowrank.latency.circumstances import Circumstances
 from onnx_lowrank.latency.estimates import shipped
 from onnx_lowrank.latency.pieces import Job
@@ -29,7 +32,7 @@ from onnx_lowrank.latency.work import Step, Work, read_work
 from onnx_lowrank.plan import ESTIMATED, MEASURED, Choice, Plan
 from onnx_lowrank.report.latency_columns import LatencyColumns
 from onnx_lowrank.search.estimated import Estimated
-from onnx_lowrank.search.racer import Sample
+from onnx_lowrank.search.racer import Racer, Sample
 from onnx_lowrank.search.survey import make_samples, survey
 from onnx_lowrank.target import InputShapes, Target
 
@@ -116,6 +119,20 @@ def test_models_take_what_their_layers_take_and_more(folder: Path) -> None:
     assert race.ratios == (1.0, 1.0)
     twice = device.racer(target, [Sample(s.feeds, 2.0) for s in samples], folder, as_float32=False)
     assert twice.race([racer.best_level(path)]).timings[0].median_ms == pytest.approx(2 * race.timings[0].median_ms)
+
+
+def test_a_trial_model_that_is_refused_is_a_measurement_that_failed(folder: Path) -> None:
+    target = Target(threads=1, shapes=(InputShapes({"image": (1, 3, 16, 16)}),))
+    samples, _ = make_samples(io.load(folder / "model.onnx"), target, None, 0)
+    racer = Racer(target, samples, folder, seconds=0.1)
+    text = '<ir_version: 8, opset_import: ["" : 17, "no.such" : 1]> g (float[1,3,16,16] image) => (float[N] y)'
+    onnx.save(onnx.parser.parse_model(text + "{ y = no.such.Op(image) }"), folder / "broken.onnx")
+    known = racer.best_level(folder / "model.onnx")
+    with pytest.raises(MeasuringError, match=r"refused it \(got .*broken.onnx") as raised:
+        racer.trial([known], folder / "broken.onnx")
+    assert raised.value.index == 1
+    with pytest.raises(InputError):
+        racer.best_level(folder / "broken.onnx")
 
 
 @settings(deadline=None, max_examples=20)
