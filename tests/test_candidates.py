@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 from builders import conv_model
 from formats import EVERY
@@ -90,6 +91,22 @@ def test_a_candidate_says_what_its_chain_and_factorization_say(name: str) -> Non
     assert not found.exact
     exact = method.exact_rank(layer.shape)
     assert exact is None or candidate(layer, method, made, exact, 4).exact
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("size", [False, True], ids=["time", "size"])
+def test_what_may_be_chosen_is_made_again_alone(name: str, size: bool) -> None:
+    """Same plan, same bytes: `apply` fits one rank, `optimize` has fitted many, and handed out the best of those."""
+    layer, method = one_layer(), METHODS[name]
+    weight = layer.read() * np.random.default_rng(0).lognormal(0, 1, layer.shape.weight)
+    grid = Grid.of_size(layer.shape, 4) if size else Grid.of_machine(4)
+    made = method.factorize(weight)
+    options = [candidate(layer, method, made, rank, grid.block) for rank in grid.ranks(method, layer.shape)]
+    chosen = grid.worth_timing(options)
+    assert chosen
+    for option in chosen:
+        alone = method.factorize(weight).factors(option.rank)
+        assert all(np.array_equal(a, b) for a, b in zip(made.factors(option.rank), alone, strict=True))
 
 
 def test_keep_is_the_layer_itself() -> None:
