@@ -16,8 +16,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from onnx_lowrank.latency.circumstances import Circumstances
+from onnx_lowrank.latency.gpus import accelerator
 from onnx_lowrank.latency.grid import KINDS, known_block
-from onnx_lowrank.latency.machine import accelerator, processor
+from onnx_lowrank.latency.machine import processor
 from onnx_lowrank.latency.table import LatencyTable, cache_folder
 from onnx_lowrank.providers import provider_reason
 from onnx_lowrank.runtime import listed_providers, versions

@@ -48,7 +48,7 @@ from onnx_lowrank.target import PROVIDERS, Target
 from onnx_lowrank.transform import Pass
 
 SCRIPT = "measure.py"
-_PARTS = ("turns", "blocks", "machine", "on_target_sessions", "on_target")
+_PARTS = ("turns", "blocks", "gpus", "machine", "on_target_sessions", "on_target")
 _README = f"""Unpack {SCRIPT} beside this file, run `python {SCRIPT}` on the device, bring table.json back.
 """
 

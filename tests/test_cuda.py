@@ -13,7 +13,8 @@ from onnx import TensorProto, helper
 
 from onnx_lowrank.errors import ProviderError
 from onnx_lowrank.goals import KeepMacs
-from onnx_lowrank.latency.machine import accelerator, fingerprint
+from onnx_lowrank.latency.gpus import accelerator, selected
+from onnx_lowrank.latency.machine import fingerprint
 from onnx_lowrank.pipeline import optimize
 from onnx_lowrank.providers import provider_reason
 from onnx_lowrank.runtime import open_session
@@ -127,4 +128,4 @@ def test_the_whole_road_reports_its_provider_options(path: Path, tmp_path: Path,
 
 def test_latencies_are_kept_under_the_name_of_the_gpu() -> None:
     assert accelerator()
-    assert fingerprint(CUDA.provider).endswith(accelerator())
+    assert fingerprint(CUDA.provider, {}).endswith(f"| {selected('0')}")

@@ -13,7 +13,7 @@ from onnx import ModelProto, TensorProto, helper
 
 from onnx_lowrank.errors import ProviderError
 from onnx_lowrank.latency.circumstances import Circumstances
-from onnx_lowrank.latency.machine import driver_gpus
+from onnx_lowrank.latency.gpus import Card
 from onnx_lowrank.placement import shapes_only
 from onnx_lowrank.progress import Phases
 from onnx_lowrank.search.racer import Sample
@@ -154,21 +154,13 @@ def test_the_fastest_variant_stands_in_the_settings(tmp_path: Path, monkeypatch:
 
 def test_latencies_of_different_gpus_and_options_are_never_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
     targets, keys = [CUDA, *CUDA.variants()], set[str]()
-    for gpu in ("", "NVIDIA H100, 550.54", "NVIDIA L4, 550.54"):
-        monkeypatch.setattr("onnx_lowrank.latency.machine.accelerator", lambda gpu=gpu: gpu)
+    for names in ((), ("NVIDIA H100",), ("NVIDIA L4",)):
+        cards = tuple(Card(f"GPU-{name}", name, "550.54") for name in names)
+        monkeypatch.setattr("onnx_lowrank.latency.gpus._cards", lambda cards=cards: cards)
         Circumstances.here.cache_clear()
         keys |= {Circumstances.here(target).digest for target in targets}
     Circumstances.here.cache_clear()
     assert len(keys) == 3 * len(targets)
-
-
-def test_gpus_are_known_where_nvidia_smi_is_missing(tmp_path: Path) -> None:
-    assert driver_gpus(tmp_path) == ""
-    (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue\nGCC: 12\n")
-    for number in ("0000:3b:00.0", "0000:5e:00.0"):
-        (tmp_path / "gpus" / number).mkdir(parents=True)
-        (tmp_path / "gpus" / number / "information").write_text("Model: \t\t NVIDIA L4\nIRQ:   \t\t 100\n")
-    assert driver_gpus(tmp_path) == "NVIDIA L4, 550.54.15; NVIDIA L4, 550.54.15"
 
 
 @pytest.mark.parametrize(

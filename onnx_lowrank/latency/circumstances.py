@@ -26,7 +26,7 @@ class Circumstances:
     """Where and how something was timed. Latencies of different circumstances are never mixed.
 
     Args:
-        device: Fingerprint in words: CPU model, instruction sets, accelerator.
+        device: Fingerprint in words: CPU model, instruction sets, what else tells it from its like, accelerator.
         provider: Short name, a key of `PROVIDERS`.
         options: Provider options, sorted by name, and `FALLBACK`.
         threads: Intra-op threads.
@@ -51,7 +51,7 @@ class Circumstances:
         """Those of a measurement made on this machine."""
         mixed = {FALLBACK: "true"} if target.allow_fallback and target.provider != "cpu" else {}
         return Circumstances(
-            device=fingerprint(target.provider),
+            device=fingerprint(target.provider, target.provider_options),
             provider=target.provider,
             options=tuple(sorted((target.provider_options | mixed).items())),
             threads=target.threads,

@@ -138,7 +138,7 @@ class Target:
         """As latency tables spell them out."""
         mixed = {"allow_fallback": "true"} if self._fallback and self.provider != "cpu" else {}
         return {
-            "device": fingerprint(self.provider),
+            "device": fingerprint(self.provider, self.options),
             "provider": self.provider,
             "options": self.options | mixed,
             "threads": self.threads,
