@@ -75,9 +75,10 @@ class Run:
             f"phase_{name.replace(' ', '_')}": round(float(seconds), 2)
             for name, seconds in self.report["timings"].items()
         }
+        peak = self.report["peak_rss_mib"]
         return {
             **phases,
-            "peak_rss_mib": round(self.report["peak_rss_mib"]),
+            **({} if peak is None else {"peak_rss_mib": round(peak)}),
             "calibration": str(self.report["calibration"]),
         }
 

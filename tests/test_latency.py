@@ -21,7 +21,7 @@ from onnx_lowrank.latency.grid import channel_block, known_block
 from onnx_lowrank.latency.measure import Until, in_turns, steady_clock
 from onnx_lowrank.latency.pieces import Job, Piece, batches, chain_key
 from onnx_lowrank.latency.table import CACHE_VARIABLE, LatencyTable, Record, cache_folder
-from onnx_lowrank.latency.turns import Clock, Now, one_round
+from onnx_lowrank.latency.turns import Clock, Now, clock_for, one_round, thread_clock, tick_s
 from onnx_lowrank.latency.worker import OverSamples
 from onnx_lowrank.layer import Form, Geometry, Layer, LayerShape, Site
 from onnx_lowrank.runtime import open_session
@@ -241,6 +241,18 @@ def test_clock_of_one_cpu_thread_ignores_other_processes():
     assert steady_clock(ONE) is Clock.CPU
     assert steady_clock(Target(threads=2)) is Clock.WALL
     assert steady_clock(Target("cuda", threads=1)) is Clock.WALL
+
+
+def test_a_clock_that_ticks_as_coarsely_as_that_of_windows_is_not_read(monkeypatch: pytest.MonkeyPatch):
+    readings = iter([0.0, 0.0, 0.0, 0.0156, 0.0156, 0.0156, 0.0468])
+    assert tick_s(lambda: next(readings), 2) == pytest.approx(0.0156)
+    assert tick_s(time.thread_time) < 1e-5
+    monkeypatch.setattr("time.thread_time", lambda: time.perf_counter() // 0.0156 * 0.0156)
+    thread_clock.cache_clear()
+    try:
+        assert (clock_for("cpu", 1), steady_clock(ONE)) == (Clock.WALL, Clock.WALL)
+    finally:
+        thread_clock.cache_clear()
 
 
 def test_prices_are_remembered_and_shared(tmp_path: Path):

@@ -64,3 +64,18 @@ def test_passes_is_no_module_of_its_own() -> None:
 def test_importing_loads_neither_the_trainer_nor_the_command_line() -> None:
     found = python("import sys, onnx_lowrank; print(*sorted({'torch', 'typer', 'sklearn', 'PIL'} & set(sys.modules)))")
     assert (found.returncode, found.stdout.strip()) == (0, ""), found.stderr
+
+
+def test_every_module_is_importable_without_what_only_posix_has() -> None:
+    code = """if True:
+        import importlib, os, pkgutil, signal, sys, subprocess
+        sys.modules |= dict.fromkeys(["fcntl", "grp", "pwd", "resource", "termios"])
+        for name in "fork getuid sched_getaffinity sched_setaffinity SIGALRM SIGKILL alarm".split():
+            os.__dict__.pop(name, None), signal.__dict__.pop(name, None)
+        import onnx_lowrank
+        for found in pkgutil.walk_packages(onnx_lowrank.__path__, "onnx_lowrank."):
+            if not found.name.endswith("__main__"):
+                importlib.import_module(found.name)
+    """
+    found = python(code)
+    assert found.returncode == 0, found.stderr

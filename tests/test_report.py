@@ -7,6 +7,7 @@ import io
 import json
 import math
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from roads import network, on_one_thread, save
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.goals import KeepMacs
 from onnx_lowrank.pipeline import optimize
+from onnx_lowrank.report.memory import peak_rss_mib
 from onnx_lowrank.report.model import Accuracy, GoalRow, Report
 from onnx_lowrank.report.terminal import show
 from onnx_lowrank.search.bisection import Blame
@@ -90,6 +92,17 @@ def test_names_are_never_read_as_markup(report: Report) -> None:
     rows = tuple(dataclasses.replace(row, name=f"[red]{row.name}[/red]") for row in report.layers)
     text = words(shown(dataclasses.replace(report, layers=rows), 200))
     assert all(row.name in text for row in rows)
+
+
+def test_a_system_that_does_not_tell_its_peak_memory(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+    peak = peak_rss_mib()
+    assert peak is not None
+    assert peak > 1
+    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
+    assert peak_rss_mib() is None
+    unknown = dataclasses.replace(report, peak_rss_mib=None)
+    assert json.loads(unknown.to_json())["peak_rss_mib"] is None
+    assert "peak memory not known" in words(shown(unknown, 200))
 
 
 def test_json_is_strict_and_complete(report: Report, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_lowrank.latency.estimate import Interval, Ratio, median_interval, ratio_of
-from onnx_lowrank.latency.turns import Clock, Run, one_round, runs_per_sample, warm_up
+from onnx_lowrank.latency.turns import Clock, Run, one_round, runs_per_sample, thread_clock, warm_up
 from onnx_lowrank.target import Target
 
 Round = Sequence[Sequence[float]]  # of every model, the seconds of its runs; none where it rested
@@ -124,7 +124,7 @@ class _Quiet:
 
 def steady_clock(target: Target) -> Clock:
     """The clock that other processes disturb least."""
-    return Clock.CPU if target.in_calling_thread else Clock.WALL
+    return thread_clock() if target.in_calling_thread else Clock.WALL
 
 
 def in_turns(runs: Sequence[Run], until: Until, clock: Clock = Clock.WALL, witness: Witness | None = None) -> Paired:

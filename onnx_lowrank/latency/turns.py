@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ _WARM_UP_S = 0.05
 _WARM_UP_RUNS = 10
 _SHORTEST_S = 0.001  # a sample shorter than this is the mean of several runs
 _MOST_RUNS = 20
+_COARSEST_S = 1e-5  # step of a clock: a hundredth of a sample
 
 
 Now = Callable[[], float]
@@ -45,7 +47,27 @@ class Clock(enum.Enum):
 
 def clock_for(provider: str, threads: int) -> Clock:
     """The clock that other processes disturb least, on what the script times (see Target.in_calling_thread)."""
-    return Clock.CPU if provider == "cpu" and threads == 1 else Clock.WALL
+    return thread_clock() if provider == "cpu" and threads == 1 else Clock.WALL
+
+
+@functools.cache
+def thread_clock() -> Clock:
+    """The thread's own clock; the wall clock where that one ticks too coarsely to time anything by, as on Windows."""
+    return Clock.CPU if tick_s(time.thread_time) <= _COARSEST_S else Clock.WALL
+
+
+def tick_s(now: Now, ticks: int = 5) -> float:
+    """The smallest step a clock was seen to make, in seconds.
+
+    What `time.get_clock_info` says of Windows's is its unit, 100 ns; it makes steps of 15.6 ms.
+    """
+    steps: list[float] = []
+    for _ in range(ticks):
+        start = end = now()
+        while end == start:
+            end = now()
+        steps.append(end - start)
+    return min(steps)
 
 
 def one_round(runs: Sequence[R], measure: Callable[[R], T], *, backward: bool = False) -> list[T]:

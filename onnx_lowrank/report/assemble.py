@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from onnx_lowrank.metrics import Scores, estimate, paired_difference
 from onnx_lowrank.progress import Phases
 from onnx_lowrank.report.basis import data_free_layers, data_notes, loss_of, sampling
 from onnx_lowrank.report.build import layer_rows
+from onnx_lowrank.report.memory import peak_rss_mib
 from onnx_lowrank.report.model import Accuracy, Dropped, GoalRow, Latency, Report, Size
 from onnx_lowrank.report.remarks import disturbed_prices, remarks_on
 from onnx_lowrank.runtime import UnsupportedTypeError
@@ -87,7 +86,7 @@ def assemble(
         accuracy=accuracy,
         size=size,
         timings={name: round(seconds, 3) for name, seconds in phases.seconds.items()},
-        peak_rss_mib=_peak_rss_mib(),
+        peak_rss_mib=peak_rss_mib(),
         dropped=tuple(
             Dropped(drop.layer.key, drop.chain.method if drop.chain else "keep", drop.reason)
             for drop in analysis.timer.dropped
@@ -263,8 +262,3 @@ def _calibration(analysis: Analysis, found: Validation) -> str:
         return f"data-free, reported on {found.samples} given samples"
     samples = table.calibration.samples
     return f"calibrated on {len(samples)} samples, reported on {found.samples} others"
-
-
-def _peak_rss_mib() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (1 << 20 if sys.platform == "darwin" else 1 << 10), 1)

@@ -217,7 +217,7 @@ class Report:
     accuracy: Accuracy | None
     size: Size
     timings: dict[str, float]
-    peak_rss_mib: float
+    peak_rss_mib: float | None  # where the system tells it: not on Windows
     dropped: tuple[Dropped, ...]
     environment: dict[str, Any]
     passes: tuple[dict[str, Any], ...]

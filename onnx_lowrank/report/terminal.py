@@ -115,7 +115,7 @@ def _closing(report: Report) -> Group:
             f"{report.factorized} of {len(report.layers)} weight-bearing nodes factorized; "
             f"{report.chains_timed} chains timed on {report.environment['cpu']}, {report.target['threads']} thread(s), "
             f"provider {report.environment['provider']}; {sum(report.timings.values()):.0f} s, "
-            f"{report.peak_rss_mib:.0f} MiB"
+            f"{'peak memory not known' if report.peak_rss_mib is None else f'{report.peak_rss_mib:.0f} MiB'}"
         ),
     ]
     if report.samples is not None:
