@@ -38,13 +38,11 @@ from onnx_lowrank.latency.circumstances import Circumstances
 from onnx_lowrank.latency.estimates import shipped
 from onnx_lowrank.latency.table import LatencyTable
 from onnx_lowrank.latency.table_file import Section, merge, read, sections, to_json
-from onnx_lowrank.latency_request import SCRIPT, write_request
+from onnx_lowrank.latency_request import REQUESTABLE, SCRIPT, write_request
 from onnx_lowrank.recipe import Recipe
 from onnx_lowrank.request import provider_options, settings_of
 from onnx_lowrank.search.elsewhere import Choice, Elsewhere, elsewhere
 from onnx_lowrank.search.source import source_of
-
-REQUESTABLE = ("cpu", "cuda")
 
 app = typer.Typer(help="Latencies measured so far: show, export, import, and measure on another device.")
 _out, _err = Console(), Console(stderr=True)

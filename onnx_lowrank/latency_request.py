@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from onnx import TensorProto
 
 from onnx_lowrank.candidates import Grid
@@ -34,6 +35,7 @@ from onnx_lowrank.layer import Layer, Site
 from onnx_lowrank.micro_model import chain_model
 from onnx_lowrank.pass_manager import PassManager
 from onnx_lowrank.passes.normalize import DEFAULT_NORMALIZE, MEASURED_NORMALIZE
+from onnx_lowrank.placement import shape_computations
 from onnx_lowrank.progress import Phases
 from onnx_lowrank.runtime import CONFIG
 from onnx_lowrank.search.elsewhere import model_key
@@ -48,8 +50,13 @@ from onnx_lowrank.target import PROVIDERS, Target
 from onnx_lowrank.transform import Pass
 
 SCRIPT = "measure.py"
-_PARTS = ("turns", "blocks", "gpus", "machine", "on_target_sessions", "on_target")
+REQUESTABLE = ("cpu", "cuda")
+"""Providers the script can time; others need more than their options."""
+_PARTS = ("turns", "blocks", "gpus", "machine", "on_target_sessions", "on_target_journal", "on_target")
 _README = f"""Unpack {SCRIPT} beside this file, run `python {SCRIPT}` on the device, bring table.json back.
+
+If it dies, run it again: it goes on where it was, and leaves out the chain that the execution provider died of.
+table.json.unfinished is its notebook; it is gone when table.json is complete.
 """
 
 
@@ -74,12 +81,15 @@ class _Request:
         """A whole model, with its own weights."""
         folder = f"models/{len(self.models)}"
         with tempfile.TemporaryDirectory(dir=self.racer.folder) as room:
-            io.copy(self.racer.runnable(path), Path(room, "model.onnx"))
+            copied = Path(room, "model.onnx")
+            io.copy(self.racer.runnable(path), copied)
+            shapes = sorted(shape_computations(onnx.load(copied, load_external_data=False)))
             for piece in sorted(Path(room).iterdir()):
                 self.file.write(piece, f"{folder}/{piece.name}")
         key = model_key(sha256, self.racer.samples, as_float32=self.racer.as_float32)
         what = f"{what} {sha256[:12]}"
-        self.models.append({"key": key, "what": what, "file": f"{folder}/model.onnx", "variant": variant})
+        file = f"{folder}/model.onnx"
+        self.models.append({"key": key, "what": what, "file": file, "shapes": shapes, "variant": variant})
 
     def add_chain(self, layer: Layer, chain: Chain | None, site: Site, variant: int, block: int) -> None:
         """A chain at a site, or None: the layer itself; candidates of variant `variant` on machines of this block."""
@@ -106,10 +116,12 @@ class _Request:
     def _entry(self, layer: Layer, chain: Chain | None, site: Site, **more: object) -> dict[str, Any]:
         key = chain_key(layer, chain, site)
         name = f"chains/{key}.onnx"
+        kind = TensorProto.FLOAT if self.racer.as_float32 else None
+        model = chain_model(layer, chain, site, elem_type=kind, seed=None)
         if name not in self.file.NameToInfo:
-            kind = TensorProto.FLOAT if self.racer.as_float32 else None
-            self.file.writestr(name, chain_model(layer, chain, site, elem_type=kind, seed=None).SerializeToString())
-        return {"key": key, "what": in_words(layer, chain, site), "file": name, **more}
+            self.file.writestr(name, model.SerializeToString())
+        shapes = sorted(shape_computations(model))
+        return {"key": key, "what": in_words(layer, chain, site), "file": name, "shapes": shapes, **more}
 
 
 def write_request(source: Source, settings: Settings, out: Path, phases: Phases, *, threads: int = 1) -> int:
@@ -198,7 +210,7 @@ def _finish(request: _Request, target: Target, threads: int) -> None:
         "provider": target.provider,
         "options": target.provider_options,
         "threads": threads,
-        "providers": PROVIDERS,
+        "providers": {short: PROVIDERS[short] for short in REQUESTABLE},
         "config": CONFIG,
         "inputs": inputs,
         "probes": probes,

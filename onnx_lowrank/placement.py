@@ -98,9 +98,7 @@ def shapes_only(elsewhere: Iterable[Label], model: ModelProto, target: Target) -
     Raises:
         ProviderError: if one of them does anything else.
     """
-    found = [entry for graph in _graphs(model) for entry in _judged(graph, frozenset())]
-    # Names need not be unique: a label counts only if all that bear it compute shapes.
-    tolerated = {label for label, computes in found if computes} - {label for label, computes in found if not computes}
+    tolerated = shape_computations(model)
     listed = {label: f"{label[0]} {label[1]}".strip() for label in elsewhere}
     missed = [text for label, text in listed.items() if label not in tolerated]
     if missed:
@@ -111,6 +109,12 @@ def shapes_only(elsewhere: Iterable[Label], model: ModelProto, target: Target) -
             "allow it with --allow-fallback, or choose another provider",
         )
     return tuple(listed.values())
+
+
+def shape_computations(model: ModelProto) -> set[Label]:
+    """The nodes that compute shapes. Names need not be unique: a label counts only if all that bear it do."""
+    found = [entry for graph in _graphs(model) for entry in _judged(graph, frozenset())]
+    return {label for label, computes in found if computes} - {label for label, computes in found if not computes}
 
 
 def unloadable(target: Target, reason: str) -> ProviderError:
