@@ -228,7 +228,8 @@ def script() -> str:
     texts = {name: (folder / f"{name}.py").read_text(encoding="utf-8") for name in _PARTS}
     docstring = ast.get_docstring(ast.parse(texts[_PARTS[-1]]), clean=False)
     parts = [f"# {name}.py of onnx-lowrank {lowered_by()}\n{_body(text).lstrip()}" for name, text in texts.items()]
-    return f'"""{docstring}"""\n\nfrom __future__ import annotations\n\n' + "\n\n".join(parts)
+    text = f'"""{docstring}"""\n\nfrom __future__ import annotations\n\n' + "\n\n".join(parts)
+    return text.replace('MADE_BY = ""', f"MADE_BY = {lowered_by()!r}")
 
 
 def _body(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import shutil
 import sqlite3
 import time
 from dataclasses import replace
@@ -14,9 +15,10 @@ from builders import conv_model
 from onnx import TensorProto
 
 from onnx_lowrank.chain import Chain, Stage
+from onnx_lowrank.latency import circumstances
 from onnx_lowrank.latency.blocks import PROBED_RANKS, smallest_block
 from onnx_lowrank.latency.chains import ChainTimer
-from onnx_lowrank.latency.circumstances import Circumstances
+from onnx_lowrank.latency.circumstances import Circumstances, lowered_by
 from onnx_lowrank.latency.grid import channel_block, known_block
 from onnx_lowrank.latency.measure import Until, in_turns, steady_clock
 from onnx_lowrank.latency.pieces import Job, Piece, batches, chain_key
@@ -190,6 +192,18 @@ def test_nodes_that_may_run_on_the_cpu_are_other_circumstances(allowed: bool):
     assert ("allow_fallback=true" in where.label) is allowed
     assert Circumstances.from_dict(where.to_dict()) == where
     assert Circumstances.here(Target(threads=1, allow_fallback=allowed)) == HERE, "there is nowhere else to run"
+
+
+@pytest.mark.parametrize("name", ["rewrite.py", "micro_model.py", "runtime.py", "latency/measure.py"])
+def test_other_sources_are_other_circumstances(tmp_path: Path, name: str):
+    package = Path(circumstances.__file__).parents[1]
+    copied = tmp_path / "onnx_lowrank"
+    shutil.copytree(package, copied, ignore=shutil.ignore_patterns("__pycache__", "passes", "assets"))
+    digest = circumstances.digest_of(copied)
+    assert lowered_by() == HERE.lowered_by
+    assert HERE.lowered_by.endswith(f"+{digest}")
+    (copied / name).write_text((copied / name).read_text() + "# other")
+    assert circumstances.digest_of(copied) != digest
 
 
 def test_a_model_is_as_fast_as_itself_by_definition():

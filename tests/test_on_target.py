@@ -21,6 +21,7 @@ from onnx import helper
 from roads import network, save
 
 from onnx_lowrank.cli import run
+from onnx_lowrank.latency.circumstances import lowered_by
 from onnx_lowrank.latency.on_target_journal import DiedError, Journal
 from onnx_lowrank.latency.on_target_sessions import (
     RefusedError,
@@ -40,7 +41,8 @@ pytestmark = pytest.mark.usefixtures("quick")
 # A process that dies of what the environment names, as a provider would take it along; no time is spent on timing.
 DEADLY = """if True:
     import os, sys
-    from onnx_lowrank.latency import on_target, on_target_sessions, turns
+    from onnx_lowrank.latency import on_target, on_target_sessions
+    from onnx_lowrank.latency.circumstances import lowered_by
     bind, what, how = on_target_sessions.Target.bind_chain, sys.argv.pop(), sys.argv.pop()
 
     def bind_chain(self, model, level, shapes=()):
@@ -49,6 +51,7 @@ DEADLY = """if True:
         return bind(self, model, level, shapes)
 
     on_target_sessions.Target.bind_chain = bind_chain
+    on_target.MADE_BY = lowered_by()
     sys.exit(on_target.main())
 """
 
@@ -116,6 +119,15 @@ def test_a_request_that_is_none_is_a_sentence(request_file: Path, tmp_path: Path
         f"error: got r.zip for {tmp_path / 'table.json'} (BadZipFile: File is not a zip file); expected a file of "
         "`onnx-lowrank latency request`, and room for its table; check both paths\n"
     )
+
+
+def test_a_script_of_another_version_measures_nothing(request_file: Path, tmp_path: Path) -> None:
+    other = tmp_path / SCRIPT
+    own = lowered_by()
+    other.write_text(request_file.with_name(SCRIPT).read_text().replace(own, "0.0.1"))
+    done = measured(other, tmp_path, "--request", str(request_file))
+    said = f"got {request_file} of onnx-lowrank {own}; expected one of 0.0.1, as this script is"
+    assert (done.returncode, done.stderr) == (2, f"error: {said}; unpack measure.py of that request\n")
 
 
 def test_a_request_lists_the_providers_it_is_given_out_for(request_file: Path) -> None:

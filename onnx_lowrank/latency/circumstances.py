@@ -6,6 +6,8 @@ import functools
 import hashlib
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, replace
+from importlib import resources
+from importlib.resources.abc import Traversable
 
 from onnx_lowrank.latency.machine import fingerprint
 from onnx_lowrank.latency.measure import steady_clock
@@ -16,9 +18,24 @@ FALLBACK = "allow_fallback"
 """Stands among the options where nodes that the provider cannot take were allowed to run on the CPU."""
 
 
+_DECIDING = (
+    *("rewrite.py", "folding.py", "micro_model.py", "runtime.py"),
+    *("latency/turns.py", "latency/measure.py", "latency/worker.py", "latency/chains.py"),
+    *("latency/blocks.py", "latency/grid.py"),
+    *("latency/on_target_sessions.py", "latency/on_target.py"),
+)
+
+
+@functools.cache
 def lowered_by() -> str:
-    """The version that lowers chains to nodes: another one may write other nodes for the same chain."""
-    return versions().get("onnx-lowrank", "")
+    """What lowers chains to nodes and times them: another version may write other nodes, or time otherwise."""
+    return f"{versions().get('onnx-lowrank', '')}+{digest_of(resources.files('onnx_lowrank'))}"
+
+
+def digest_of(package: Traversable) -> str:
+    """Short for the sources that decide what is timed for a chain, and how: they change between versions, too."""
+    sources = (package.joinpath(*name.split("/")).read_text(encoding="utf-8") for name in _DECIDING)
+    return hashlib.sha256("\0".join(sources).encode()).hexdigest()[:8]
 
 
 @dataclass(frozen=True, order=True)
@@ -33,7 +50,7 @@ class Circumstances:
         onnxruntime: Its version.
         level: Graph optimization level.
         clock: "cpu" or "wall".
-        lowered_by: Version of onnx-lowrank that wrote the nodes.
+        lowered_by: Version of onnx-lowrank that wrote the nodes, with its sources; see `lowered_by`.
     """
 
     device: str

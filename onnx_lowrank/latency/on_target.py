@@ -31,6 +31,7 @@ from onnx_lowrank.latency.on_target_journal import DiedError, Journal
 from onnx_lowrank.latency.on_target_sessions import LEVELS, RefusedError, RequestError, Target, Weighted, one_line
 from onnx_lowrank.latency.turns import relative_to_first, sample
 
+MADE_BY = ""  # filled in where the script is put together
 _SCHEMA = 1
 _MODEL_ROUNDS = 15
 _OPEN_BYTES = 256 << 20  # weights of sessions held open at once
@@ -196,6 +197,16 @@ def _stop(number: int, _: object) -> None:
     raise SystemExit(128 + number)
 
 
+def _measure(asked: argparse.Namespace) -> None:
+    with zipfile.ZipFile(asked.request) as request:
+        manifest = json.loads(request.read("manifest.json"))
+        made_by = manifest["lowered_by"]
+        if made_by != MADE_BY:  # the script was left on the device by another request
+            got, expected = f"{asked.request} of onnx-lowrank {made_by}", f"one of {MADE_BY}, as this script is"
+            raise RequestError(got, expected, "unpack measure.py of that request")
+        Measurement(request, manifest, Target(asked, manifest), asked.output).run()
+
+
 def main() -> int:
     """Read the command line, measure, write."""
     here = Path(__file__).resolve().parent
@@ -209,9 +220,7 @@ def main() -> int:
     asked = parser.parse_args()
     signal.signal(signal.SIGTERM, _stop)  # in order, so that no model is blamed for it
     try:
-        with zipfile.ZipFile(asked.request) as request:
-            manifest = json.loads(request.read("manifest.json"))
-            Measurement(request, manifest, Target(asked, manifest), asked.output).run()
+        _measure(asked)
     except RequestError as error:
         _say(f"error: {error}")
         return 2
