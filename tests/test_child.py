@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from onnx_lowrank.latency.measure import Clock, Until
 from onnx_lowrank.latency.messages import Contest, Finished, Message, Subject, Working, receive, send
 from onnx_lowrank.latency.pieces import Job
 from onnx_lowrank.latency.table import LatencyTable
-from onnx_lowrank.latency.worker import Worker
+from onnx_lowrank.latency.worker import Worker, waits
 from onnx_lowrank.target import Target
 
 ONE = Target(threads=1)
@@ -274,6 +275,14 @@ def test_a_worker_says_what_it_is_about_to_open(tmp_path: Path) -> None:
         os.sched_setaffinity(0, allowed)
     assert isinstance(found, Finished)
     assert [message.index for message in said if isinstance(message, Working)][:3] == [0, 1, None]
+
+
+def test_time_that_went_to_others_is_looked_for_where_the_thread_never_waits() -> None:
+    two = replace(subject(), target=Target(threads=2))
+    for clock in Clock:
+        assert not waits(Contest([subject()], SHORT, clock))
+        assert waits(Contest([subject(), two], SHORT, clock))
+        assert waits(Contest([subject()], SHORT, clock, one_by_one=True))
 
 
 def test_messages_survive_the_way_and_half_ones_are_none() -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from onnx_lowrank.latency.interference import STOLEN, Interference, Moment, _apart, matrix_products, pin
 from onnx_lowrank.latency.measure import Until, in_turns
-from onnx_lowrank.latency.turns import Now
+from onnx_lowrank.latency.turns import Clock, Now
 
 
 class Drawn:
@@ -27,6 +27,15 @@ class Drawn:
     def seconds(self, now: Now = time.perf_counter) -> float:
         self.runs += 1
         return self.level * self._rng.lognormal(0, self.noise)
+
+
+class Sleeper:
+    """A run that waits two milliseconds, and reads the clock before and after."""
+
+    def seconds(self, now: Now = time.perf_counter) -> float:
+        start = now()
+        time.sleep(0.002)
+        return now() - start
 
 
 class Said:
@@ -148,6 +157,21 @@ def test_disturbed_rounds_are_left_out() -> None:
     assert found.rounds == 9
     assert found.ratios[1] == pytest.approx(1, rel=0.01)
     assert found.disturbed
+
+
+def test_single_runs_of_disturbed_rounds_are_kept() -> None:
+    found = in_turns([Sleeper(), Sleeper()], Until(5, 60.0, half_width=9.0), witness=Said(False, True))
+    assert found.rounds == 5
+    assert [len(timing.runs_ms) for timing in found.timings] == [9, 9]
+
+
+def test_single_runs_are_as_long_as_the_caller_waits_whatever_the_clock() -> None:
+    for clock in Clock:
+        found = in_turns([Sleeper()], Until(5, 60.0, sample_s=0.004), clock)
+        (timing,) = found.timings
+        assert len(timing.runs_ms) >= 2 * found.rounds if clock is Clock.CPU else found.rounds
+        assert min(timing.runs_ms) >= 2
+        assert (timing.median_ms < 2) is (clock is Clock.CPU)
 
 
 def test_what_rested_in_the_quiet_rounds_keeps_its_disturbed_ones() -> None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from builders import conv_model
 from onnx import TensorProto
@@ -22,6 +23,7 @@ from onnx_lowrank.latency.circumstances import Circumstances, lowered_by
 from onnx_lowrank.latency.grid import channel_block, known_block
 from onnx_lowrank.latency.measure import Until, in_turns, steady_clock
 from onnx_lowrank.latency.pieces import Job, Piece, batches, chain_key
+from onnx_lowrank.latency.race import common_clock, race
 from onnx_lowrank.latency.table import CACHE_VARIABLE, LatencyTable, Record, cache_folder
 from onnx_lowrank.latency.turns import Clock, Now, clock_for, one_round, thread_clock, tick_s
 from onnx_lowrank.latency.worker import OverSamples
@@ -267,6 +269,15 @@ def test_a_clock_that_ticks_as_coarsely_as_that_of_windows_is_not_read(monkeypat
         assert (clock_for("cpu", 1), steady_clock(ONE)) == (Clock.WALL, Clock.WALL)
     finally:
         thread_clock.cache_clear()
+def test_what_is_shown_side_by_side_is_read_on_one_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "m.onnx"
+    onnx.save(conv_model((1, 3, 8, 8), (4, 3, 3, 3)), path)
+    assert common_clock([path], [ONE, ONE]) is Clock.CPU
+    assert common_clock([path], [ONE, Target(threads=2)]) is Clock.WALL
+    feeds = {"x": np.ones((1, 3, 8, 8), np.float32)}
+    assert race([(path, "all")], ONE, [(feeds, 1.0)], 0.1, clock=Clock.WALL).clock is Clock.WALL
+    monkeypatch.setattr("onnx_lowrank.latency.race.LARGE_BYTES", 0)
+    assert common_clock([path], [ONE]) is Clock.WALL
 
 
 def test_prices_are_remembered_and_shared(tmp_path: Path):

@@ -92,6 +92,7 @@ def test_sweep_of_two_models(tmp_path: Path):
     rows = [(row.threads, row.batch, row.level, Path(row.path).name) for row in result.models]
     assert rows == list(itertools.product((1, 2), (1, 3), ("extended",), ("before.onnx", "after.onnx")))
     assert [row.shapes["image"] for row in result.models[:4:2]] == [(1, 3, 16, 16), (3, 3, 16, 16)]
+    assert {result.clock} == {row.clock for row in result.models} == {"wall"}  # one column, one clock
     assert [row.race for row in result.models] == [0, 0, 1, 1, 2, 2, 3, 3]
     for row in result.models:
         for parts in (row.layers, row.operators):
@@ -200,7 +201,9 @@ def test_json_file_and_table(tmp_path: Path, monkeypatch, capsys):
     text = capsys.readouterr().out
     raw = json.loads((tmp_path / "found.json").read_text())
     assert [row["batch"] for row in raw["models"]] == [1, 1, 2, 2]
+    assert {row["clock"] for row in raw["models"]} == {"cpu"}
     for said in (
+        "cpu clock (p95, p99: wall clock)",
         "where the time goes, by layer: batch 1, level all",
         "MatMul",
         "Inputs are synthetic",

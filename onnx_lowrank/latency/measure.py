@@ -4,7 +4,7 @@ A machine is never quiet. Models are therefore run A B C, C B A, A B C, ... and 
 compared; `estimate` gives their intervals. Around every round a `Witness` looks for other work on the machine: rounds
 it saw disturbed are repeated, and where that does not help they are used and said to be so. On one CPU thread
 `Clock.CPU` counts the time the thread really ran: equal to the wall clock on an idle machine, and untouched by other
-processes on a busy one.
+processes on a busy one. How long a caller waited for each single run is kept beside it, on the wall clock.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ class Timing:
         median_ms: Of the samples.
         ci95_ms: Interval of it.
         samples_ms: One per round, each the mean of one or more runs; NaN in rounds it rested in.
-        runs_ms: Every single run of these rounds.
+        runs_ms: Every single run of all rounds, disturbed ones too, on the wall clock: what a caller waits for, now and
+            then far longer than the median tells. Empty for a `Run` that does not read the clock it is given.
     """
 
     median_ms: float
@@ -113,6 +114,22 @@ class Paired:
         return replace(self, cores=cores)
 
 
+class _Stopwatch:
+    """The clock of a measurement, and the wall clock read beside it."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._now, self._read = clock.now, list[float]()
+
+    def __call__(self) -> float:
+        self._read.append(time.perf_counter())
+        return self._now()
+
+    def waited(self) -> list[float]:
+        """Seconds on the wall of every run since the last call; a run reads the clock before and after itself."""
+        read, self._read = self._read, []
+        return [end - start for start, end in zip(read[::2], read[1::2], strict=True)]
+
+
 class _Quiet:
     """A witness who sees nothing."""
 
@@ -143,9 +160,13 @@ def in_turns(runs: Sequence[Run], until: Until, clock: Clock = Clock.WALL, witne
     rounds: list[Round] = []
     seen: list[bool] = []
     resting: set[int] = set()
+    watch = _Stopwatch(clock)
+    waited: list[list[float]] = [[] for _ in runs]
 
     def sample(index: int) -> list[float]:
-        return [] if index in resting else [runs[index].seconds(clock.now) for _ in range(repeats[index])]
+        taken = [] if index in resting else [runs[index].seconds(watch) for _ in range(repeats[index])]
+        waited[index] += watch.waited()
+        return taken
 
     while True:
         witness.begin()
@@ -163,7 +184,7 @@ def in_turns(runs: Sequence[Run], until: Until, clock: Clock = Clock.WALL, witne
         if time.perf_counter() >= deadline or len(rounds) == until.most:
             break
         resting = known if until.resting and len(known) < len(runs) - 1 else set()
-    return _paired(_trusted(rounds, seen, until.rounds), clock, sum(seen) / len(seen))
+    return _paired(_trusted(rounds, seen, until.rounds), waited, clock, sum(seen) / len(seen))
 
 
 def _repeats(run: Run, clock: Clock, sample_s: float) -> int:
@@ -188,13 +209,15 @@ def _is_known(table: NDArray[np.float64], index: int, until: Until) -> bool:
     return bool(taken >= until.rounds) and ratio_of(ratios).half_width <= until.half_width
 
 
-def _paired(rounds: Sequence[Round], clock: Clock, disturbed_rounds: float) -> Paired:
+def _paired(
+    rounds: Sequence[Round], waited: Sequence[Sequence[float]], clock: Clock, disturbed_rounds: float
+) -> Paired:
     table = _means(rounds)
     ratios = table[:, :1] / table
     found = [ratio_of(column) for column in ratios.T]
     busy = any(_is_unsteady(column[~np.isnan(column)]) for column in ratios.T[1:])
     return Paired(
-        timings=tuple(map(_timing, table.T, zip(*rounds, strict=True))),
+        timings=tuple(map(_timing, table.T, waited)),
         ratios=tuple(ratio.value for ratio in found),
         ci95=tuple((ratio.low, ratio.high) for ratio in found),
         rounds=len(table),
@@ -204,10 +227,10 @@ def _paired(rounds: Sequence[Round], clock: Clock, disturbed_rounds: float) -> P
     )
 
 
-def _timing(samples_s: NDArray[np.float64], runs_s: Sequence[Sequence[float]]) -> Timing:
+def _timing(samples_s: NDArray[np.float64], runs_s: Sequence[float]) -> Timing:
     in_ms = samples_s * 1e3
     taken = in_ms[~np.isnan(in_ms)]
-    single = tuple(1e3 * seconds for runs in runs_s for seconds in runs)
+    single = tuple(1e3 * seconds for seconds in runs_s)
     return Timing(float(np.median(taken)), median_interval(taken), tuple(float(value) for value in in_ms), single)
 
 

@@ -5,7 +5,7 @@ They run in the measuring process: a model that crashes or hangs it is a `Measur
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from onnx_lowrank.graph.size import LARGE_BYTES, file_bytes
@@ -20,8 +20,19 @@ ROUNDS, LARGE_ROUNDS = 9, 5
 SAMPLE_S = 0.02
 
 
+def common_clock(paths: Iterable[Path], targets: Iterable[Target]) -> Clock:
+    """One clock for all these files on all these targets: the wall's, unless another one is steadier for each."""
+    clocks = {steady_clock(target) for target in targets}
+    return clocks.pop() if len(clocks) == 1 and not _large(paths) else Clock.WALL
+
+
 def race(
-    entries: Sequence[tuple[Path, str]], target: Target, samples: Sequence[Weighted], budget_s: float, enough: int = 0
+    entries: Sequence[tuple[Path, str]],
+    target: Target,
+    samples: Sequence[Weighted],
+    budget_s: float,
+    enough: int = 0,
+    clock: Clock | None = None,
 ) -> Paired:
     """Time model files in turns.
 
@@ -31,12 +42,13 @@ def race(
         samples: Inputs, and how much each counts.
         budget_s: Wall clock, opening excluded.
         enough: Runs of each to go on to although the ratios are known, as far as the budget goes.
+        clock: To compare with other races on; None: the steadiest one for these.
 
     Raises:
         InputError, ProviderError: if a model does not open or run.
         MeasuringError: if the measuring process dies of a model.
     """
-    return _race([(path, level, target) for path, level in entries], samples, budget_s, enough)
+    return _race([(path, level, target) for path, level in entries], samples, budget_s, enough, clock)
 
 
 def race_targets(
@@ -47,17 +59,26 @@ def race_targets(
 
 
 def _race(
-    entries: Sequence[tuple[Path, str, Target]], samples: Sequence[Weighted], budget_s: float, enough: int = 0
+    entries: Sequence[tuple[Path, str, Target]],
+    samples: Sequence[Weighted],
+    budget_s: float,
+    enough: int = 0,
+    clock: Clock | None = None,
 ) -> Paired:
+    paths = [path for path, _, _ in entries]
+    clock = clock or common_clock(paths, [target for _, _, target in entries])
     # The measuring process stays in the folder it was started in.
     subjects = [Subject(path.absolute(), level, target, samples) for path, level, target in entries]
-    clocks = {steady_clock(target) for _, _, target in entries}
-    clock = clocks.pop() if len(clocks) == 1 else Clock.WALL
     contest = Contest(subjects, Until(ROUNDS, budget_s, sample_s=SAMPLE_S, enough=enough), clock)
-    if sum(file_bytes(path) for path, _, _ in entries) > LARGE_BYTES:
-        contest = Contest(subjects, Until(LARGE_ROUNDS, budget_s), Clock.WALL, one_by_one=True)
+    if _large(paths):
+        contest = Contest(subjects, Until(LARGE_ROUNDS, budget_s), clock, one_by_one=True)
     found = shared().ask(contest)
     for error in found.refused.values():
         raise error
     assert found.paired is not None  # noqa: S101 - nothing was refused
     return found.paired
+
+
+def _large(paths: Iterable[Path]) -> bool:
+    """Whether they are too large to be open together."""
+    return sum(map(file_bytes, paths)) > LARGE_BYTES

@@ -19,7 +19,7 @@ from typing import IO
 
 from onnx_lowrank.errors import LowRankError
 from onnx_lowrank.latency.interference import Interference, Moment, matrix_products, pin
-from onnx_lowrank.latency.measure import Clock, Run, in_turns
+from onnx_lowrank.latency.measure import Run, in_turns
 from onnx_lowrank.latency.messages import Broken, Contest, Finished, Message, Subject, Working, receive, send
 from onnx_lowrank.latency.turns import Now
 from onnx_lowrank.runtime import open_session
@@ -58,6 +58,11 @@ def opened(subject: Subject) -> Run:
     """
     session = open_session(subject.model, subject.target, subject.level)
     return OverSamples([(session.bind(feeds), weight) for feeds, weight in subject.samples])
+
+
+def waits(contest: Contest) -> bool:
+    """Whether the measuring thread waits while its models run: for other threads, a device, or a file being opened."""
+    return contest.one_by_one or not all(subject.target.in_calling_thread for subject in contest.subjects)
 
 
 @dataclass
@@ -108,7 +113,7 @@ class Worker:
         self.say(Working(first_s=first_s))
         if not runs:
             return Finished(None, refused)
-        now = Moment.of_all_threads if contest.clock is Clock.WALL else Moment.of_this_thread
+        now = Moment.of_all_threads if waits(contest) else Moment.of_this_thread
         witness = _Beating(self._kernel, now, self._best)
         witness.beat = lambda: self.say(Working(first_s=first_s))
         paired = in_turns(runs, contest.until, contest.clock, witness)

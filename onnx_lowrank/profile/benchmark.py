@@ -21,8 +21,8 @@ from onnx_lowrank.graph import io
 from onnx_lowrank.graph.size import file_bytes
 from onnx_lowrank.kernel_trace import KernelEvent
 from onnx_lowrank.latency.environment import environment
-from onnx_lowrank.latency.measure import Paired
-from onnx_lowrank.latency.race import Weighted, race
+from onnx_lowrank.latency.measure import Clock, Paired
+from onnx_lowrank.latency.race import Weighted, common_clock, race
 from onnx_lowrank.placement import Placement
 from onnx_lowrank.profile.attribution import attribute, by_layer, by_operator, changes, name_nodes
 from onnx_lowrank.profile.inputs import Inputs, drawn
@@ -78,12 +78,13 @@ def profile(
     }
     if len(configurations) > 1:
         _require_runs(models, target, [feeds for inputs in given.values() for feeds, _ in inputs.samples])
+    clock = common_clock(models, [entry.target for entry in configurations])
     rows: list[ModelProfile] = []
     reasons: dict[str, None] = {}
     with MemoryMeter() as meter, (phases or Phases()).phase("profile") as advance:
         for done, configuration in enumerate(configurations):
             inputs = given[configuration.batch]
-            bench = _Bench(configuration, inputs, budget_s, meter, reasons)
+            bench = _Bench(configuration, inputs, budget_s, clock, meter, reasons)
             rows += bench.rows(models, rows[-1].race + 1 if rows else 0)
             advance(done + 1, len(configurations))
     return Profile(
@@ -94,7 +95,7 @@ def profile(
         disturbed=any(row.disturbed for row in rows),
         synthetic=feeds is None,
         notes=tuple(dict.fromkeys((*(note for inputs in given.values() for note in inputs.notes), *reasons))),
-        clock=rows[0].clock,
+        clock=clock.value,
         comparisons=_comparisons(rows),
         sweep={"threads": sweep.threads, "batch": sweep.batches, "levels": sweep.levels},
         environment={**environment(target), "memory": HOW},
@@ -118,6 +119,7 @@ class _Bench:
     configuration: Configuration
     inputs: Inputs
     budget_s: float
+    clock: Clock
     meter: MemoryMeter
     reasons: dict[str, None]
 
@@ -128,7 +130,7 @@ class _Bench:
         entries = [(entry.path, entry.level) for entry in opened]
         found: list[ModelProfile] = []
         for number, (feeds, _) in enumerate(samples, first_race):
-            result = race(entries, target, [(feeds, 1.0)], self.budget_s / len(samples), _ENOUGH_ROUNDS)
+            result = race(entries, target, [(feeds, 1.0)], self.budget_s / len(samples), _ENOUGH_ROUNDS, self.clock)
             found += [self._row(entry, feeds, result, index, number) for index, entry in enumerate(opened)]
         return found
 

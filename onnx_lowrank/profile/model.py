@@ -41,8 +41,8 @@ class ModelProfile:
         level: Graph optimization level; where none was asked for, the fastest one over all sets of shapes.
         load_s: Seconds from file to session; the file has been read before.
         size_bytes: The file and the external data it names.
-        p50_ms: Median latency of one run.
-        p95_ms: 95th percentile.
+        p50_ms: Median latency of one run over the rounds that nothing disturbed, on the clock that `clock` names.
+        p95_ms: 95th percentile of all single runs, of disturbed rounds too, on the wall clock: what a caller waits for.
         ratio: Latency of the first file / latency of this one, on the same inputs; above 1 is faster.
         ratio_ci95: Bootstrap interval of it.
         nodes: Largest share first.
@@ -51,13 +51,14 @@ class ModelProfile:
         threads: Intra-op threads.
         batch: Samples in one run: the batch asked for, else the leading dimension of the first input that has one.
         p50_ci95_ms: Bootstrap interval of the median.
-        p99_ms: 99th percentile; of fewer than 100 rounds it is close to the slowest run.
+        p99_ms: 99th percentile of the same runs; of fewer than 100 rounds it is close to the slowest run.
         throughput: Samples per second: batch / p50.
         peak_memory_bytes: Most host memory that loading and running take; None: not measured, `Profile.notes` say why.
         operators: Time by the kernels that ran, largest share first.
         layers: Time by the user's layers, largest share first: the stages of a chain count for the layer it replaced.
         rounds: Times the file was run.
-        clock: What was read, "cpu" or "wall"; see `measure.Clock`.
+        clock: What p50, its interval, the ratio and the throughput were read on, "cpu" or "wall" (see `measure.Clock`);
+            the same for all rows of a sweep.
         disturbed: The machine was too busy to trust this race.
         placement: Which provider runs which operators, most nodes first; empty where onnxruntime cannot tell.
     """
@@ -131,7 +132,7 @@ class Profile:
         disturbed: The machine was too busy to trust the ratios of one race or more; rows say which.
         synthetic: The inputs were made up; `notes` says which dimensions were.
         notes: Sentences.
-        clock: Of the first row; every row has its own.
+        clock: Of every row.
         comparisons: The first file of every race beside each other one.
         sweep: What was asked for: threads, batches and levels; nothing where it was left open.
         environment: What the numbers depend on: versions, processor, provider and its options.

@@ -73,8 +73,8 @@ def _empty(first: str) -> Table:
 
 def _title(result: Profile) -> str:
     threads = ",".join(dict.fromkeys(str(row.threads) for row in result.models))
-    clocks = " and ".join(dict.fromkeys(row.clock for row in result.models))
-    return f"{result.provider}, {threads} thread(s), at least {result.rounds} rounds in turns, {clocks} clock"
+    clock = "wall clock" if result.clock == "wall" else f"{result.clock} clock (p95, p99: wall clock)"
+    return f"{result.provider}, {threads} thread(s), at least {result.rounds} rounds in turns, {clock}"
 
 
 def _varying(result: Profile) -> list[Column]:
