@@ -25,7 +25,7 @@ from onnx_lowrank.latency.measure import Clock, Until
 from onnx_lowrank.latency.messages import Contest, Finished, Message, Subject, Working, receive, send
 from onnx_lowrank.latency.pieces import Job
 from onnx_lowrank.latency.table import LatencyTable
-from onnx_lowrank.latency.worker import Worker, waits
+from onnx_lowrank.latency.worker import OpenedEachTime, Worker, waits
 from onnx_lowrank.target import Target
 
 ONE = Target(threads=1)
@@ -275,6 +275,12 @@ def test_a_worker_says_what_it_is_about_to_open(tmp_path: Path) -> None:
         os.sched_setaffinity(0, allowed)
     assert isinstance(found, Finished)
     assert [message.index for message in said if isinstance(message, Working)][:3] == [0, 1, None]
+
+
+def test_what_is_opened_each_time_takes_the_median_of_its_runs() -> None:
+    run = OpenedEachTime(replace(subject(), samples=[(subject().samples[0][0], 2.0)]))
+    readings = iter([0.0, 1.0, 10.0, 15.0, 20.0, 22.0])  # runs of one, five and two seconds
+    assert run.seconds(lambda: next(readings)) == 4.0
 
 
 def test_time_that_went_to_others_is_looked_for_where_the_thread_never_waits() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,9 @@ from rich.console import Console
 
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.kernel_trace import KernelEvent
-from onnx_lowrank.profile import profile, render
+from onnx_lowrank.profile import Profile, profile, render
 from onnx_lowrank.profile.attribution import RUNTIME, attribute, name_nodes
+from onnx_lowrank.profile.benchmark import percentile
 from onnx_lowrank.target import InputShapes, Target
 
 
@@ -37,6 +39,13 @@ def network(named: bool = True) -> ModelProto:
 
 def event(node: str, op: str, microseconds: float = 1.0) -> KernelEvent:
     return KernelEvent(node, op, "CPUExecutionProvider", microseconds, (), ())
+
+
+def rendered(result: Profile) -> str:
+    console = Console(width=160)
+    with console.capture() as captured:
+        render(result, console)
+    return captured.get()
 
 
 def test_kernels_find_their_nodes():
@@ -81,8 +90,9 @@ def test_profile_of_two_files(tmp_path: Path, named):
     first, second = result.models
     assert first.ratio == 1.0
     assert second.ratio_ci95[0] <= second.ratio <= second.ratio_ci95[1]
-    assert first.p50_ms <= first.p95_ms
-    assert first.p95_ms <= first.p99_ms
+    assert first.p95_ms is not None
+    assert first.p99_ms is not None
+    assert first.p50_ms <= first.p95_ms <= first.p99_ms
     assert first.p50_ci95_ms[0] <= first.p50_ms <= first.p50_ci95_ms[1]
     assert first.throughput == pytest.approx(1e3 * first.batch / first.p50_ms)
     assert first.size_bytes == paths[0].stat().st_size
@@ -95,15 +105,33 @@ def test_profile_of_two_files(tmp_path: Path, named):
     assert json.loads(json.dumps(result.to_dict()))["models"][0]["level"] in {"all", "extended"}
 
 
+def test_few_runs_have_no_tail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [percentile(range(count), 0.95) for count in (1, 19, 21)] == [None, None, 19.0]
+    path = tmp_path / "a.onnx"
+    onnx.save(network(), path)
+    monkeypatch.setattr("onnx_lowrank.latency.race.LARGE_BYTES", 0)  # three runs in a round, for five rounds at least
+    (row,) = profile([path], Target(threads=1, levels=("all",)), budget_s=0.1).models
+    assert row.runs % 3 == 0
+    assert row.runs >= 15
+    assert (row.p95_ms is None) is (row.p99_ms is None) is (row.runs < 20)
+
+
+def test_missing_tails_are_null_and_said(tmp_path: Path) -> None:
+    path = tmp_path / "a.onnx"
+    onnx.save(network(), path)
+    found = profile([path], Target(threads=1, levels=("all",)), budget_s=0.1)
+    rows = tuple(replace(row, p95_ms=None, p99_ms=None, runs=15) for row in found.models)
+    few = replace(found, models=rows)
+    assert [json.loads(few.to_json())["models"][0][key] for key in ("p95_ms", "p99_ms", "runs")] == [None, None, 15]
+    assert rendered(few).count("not enough runs") == 2
+
+
 def test_rendered_table_says_what_was_compared(tmp_path: Path):
     path = tmp_path / "a.onnx"
     onnx.save(network(), path)
     feeds = {"x": np.ones((2, 32, 16, 16), np.float32)}
     result = profile([path, path], Target(threads=1, levels=("all",)), feeds, budget_s=0.1)
-    console = Console(width=140)
-    with console.capture() as captured:
-        render(result, console)
-    text = captured.get()
+    text = rendered(result)
     assert "1 thread(s)" in text
     assert text.count("a.onnx") == 8  # twice in each table
     assert "1.00x [1.00, 1.00]" in text
@@ -126,10 +154,7 @@ def test_every_set_of_shapes_is_profiled(tmp_path: Path):
     ]
     assert len({(m.path, m.level) for m in result.models}) == 2
     assert [m.ratio for m in result.models[::2]] == [1.0, 1.0]
-    console = Console(width=160)
-    with console.capture() as captured:
-        render(result, console)
-    tables = captured.get().partition("Timed on")[0]
+    tables = rendered(result).partition("Timed on")[0]
     assert tables.count("x=8x32x16x16") == 4
     assert tables.count("x=1x32x16x16") == 6  # the first race's breakdowns too
     assert "cpu clock" in tables

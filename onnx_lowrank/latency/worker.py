@@ -9,6 +9,7 @@ import contextlib
 import os
 import queue
 import signal
+import statistics
 import sys
 import threading
 import time
@@ -45,9 +46,9 @@ class OpenedEachTime:
     subject: Subject
 
     def seconds(self, now: Now = time.perf_counter) -> float:
-        """Weighted sum over the samples, without opening and warming up."""
+        """Weighted sum over the samples of the median of three runs, without opening and warming up."""
         session = open_session(self.subject.model, self.subject.target, self.subject.level)
-        return sum(weight * min(session.time(feeds, 3, now)) for feeds, weight in self.subject.samples)
+        return sum(weight * statistics.median(session.time(feeds, 3, now)) for feeds, weight in self.subject.samples)
 
 
 def opened(subject: Subject) -> Run:

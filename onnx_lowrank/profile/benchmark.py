@@ -39,6 +39,7 @@ _PROFILED_MS = 500.0
 _IN_MEMORY_BYTES = 1 << 30
 _LEVEL_S = 1.0
 _ENOUGH_ROUNDS = 200  # two of them lie beyond the 99th percentile
+_FEWEST_RUNS = 20  # one of them lies beyond the 95th percentile
 _WIDE = 0.03
 
 
@@ -142,14 +143,13 @@ class _Bench:
             self.reasons[f"memory of {opened.path.name} was not measured: {memory.reason}"] = None
         events, graph = _profiled(opened, feeds, target, timing.median_ms)
         nodes = attribute(events, graph)
-        p95, p99 = np.quantile(timing.runs_ms, (0.95, 0.99))
         return ModelProfile(
             path=str(opened.path),
             level=opened.level,
             load_s=opened.load_s,
             size_bytes=file_bytes(opened.path),
             p50_ms=timing.median_ms,
-            p95_ms=float(p95),
+            p95_ms=percentile(timing.runs_ms, 0.95),
             ratio=result.ratios[index],
             ratio_ci95=result.ci95[index],
             nodes=nodes,
@@ -158,16 +158,22 @@ class _Bench:
             threads=target.threads,
             batch=batch,
             p50_ci95_ms=timing.ci95_ms,
-            p99_ms=float(p99),
+            p99_ms=percentile(timing.runs_ms, 0.99),
             throughput=batch / timing.median_ms * 1e3,
             peak_memory_bytes=memory.peak_bytes,
             operators=by_operator(events, timing.median_ms),
             layers=by_layer(nodes, graph, timing.median_ms),
             rounds=result.rounds,
+            runs=len(timing.runs_ms),
             clock=result.clock.value,
             disturbed=result.disturbed or (len(result.timings) == 1 and _wide(result)),
             placement=opened.placement,
         )
+
+
+def percentile(runs_ms: Sequence[float], share: float) -> float | None:
+    """Of single runs; None where they are too few to have a tail."""
+    return float(np.quantile(runs_ms, share)) if len(runs_ms) >= _FEWEST_RUNS else None
 
 
 def _wide(alone: Paired) -> bool:

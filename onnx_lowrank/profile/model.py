@@ -42,7 +42,8 @@ class ModelProfile:
         load_s: Seconds from file to session; the file has been read before.
         size_bytes: The file and the external data it names.
         p50_ms: Median latency of one run over the rounds that nothing disturbed, on the clock that `clock` names.
-        p95_ms: 95th percentile of all single runs, of disturbed rounds too, on the wall clock: what a caller waits for.
+        p95_ms: 95th percentile of all single runs, of disturbed rounds too, on the wall clock: what a caller waits for;
+            None: fewer than 20 runs, none of which lies beyond it.
         ratio: Latency of the first file / latency of this one, on the same inputs; above 1 is faster.
         ratio_ci95: Bootstrap interval of it.
         nodes: Largest share first.
@@ -51,12 +52,13 @@ class ModelProfile:
         threads: Intra-op threads.
         batch: Samples in one run: the batch asked for, else the leading dimension of the first input that has one.
         p50_ci95_ms: Bootstrap interval of the median.
-        p99_ms: 99th percentile of the same runs; of fewer than 100 rounds it is close to the slowest run.
+        p99_ms: 99th percentile of the same runs, None where p95 is; of fewer than 100 it is close to the slowest.
         throughput: Samples per second: batch / p50.
         peak_memory_bytes: Most host memory that loading and running take; None: not measured, `Profile.notes` say why.
         operators: Time by the kernels that ran, largest share first.
         layers: Time by the user's layers, largest share first: the stages of a chain count for the layer it replaced.
-        rounds: Times the file was run.
+        rounds: Samples the median is of: the undisturbed rounds, in each of which the file runs once or several times.
+        runs: Single runs that p95 and p99 are of.
         clock: What p50, its interval, the ratio and the throughput were read on, "cpu" or "wall" (see `measure.Clock`);
             the same for all rows of a sweep.
         disturbed: The machine was too busy to trust this race.
@@ -68,7 +70,7 @@ class ModelProfile:
     load_s: float
     size_bytes: int
     p50_ms: float
-    p95_ms: float
+    p95_ms: float | None
     ratio: float
     ratio_ci95: Interval
     nodes: tuple[NodeTime, ...]
@@ -77,12 +79,13 @@ class ModelProfile:
     threads: int
     batch: int
     p50_ci95_ms: Interval
-    p99_ms: float
+    p99_ms: float | None
     throughput: float
     peak_memory_bytes: int | None
     operators: tuple[TimeShare, ...]
     layers: tuple[TimeShare, ...]
     rounds: int
+    runs: int
     clock: str
     disturbed: bool
     placement: tuple[Placement, ...] = ()
@@ -128,7 +131,7 @@ class Profile:
         models: All files, in the order given, for the first threads, batch, level and set of shapes, then for the next.
         provider: Execution provider.
         threads: Intra-op threads of the first row; every row has its own.
-        rounds: Times every file was run, at least.
+        rounds: Of the row with the fewest.
         disturbed: The machine was too busy to trust the ratios of one race or more; rows say which.
         synthetic: The inputs were made up; `notes` says which dimensions were.
         notes: Sentences.

@@ -101,6 +101,10 @@ def _median(row: ModelProfile) -> str:
     return f"{row.p50_ms:.3f} ±{(high - low) / 2 / row.p50_ms:.1%}"
 
 
+def _tail(percentile_ms: float | None) -> str:
+    return "not enough runs" if percentile_ms is None else f"{percentile_ms:.3f}"
+
+
 def _sizes(row: ModelProfile) -> str:
     return " ".join(f"{name}={'x'.join(map(str, shape)) or 'scalar'}" for name, shape in row.shapes.items())
 
@@ -108,8 +112,8 @@ def _sizes(row: ModelProfile) -> str:
 _LATENCY: tuple[Column, ...] = (
     ("level", lambda row: row.level),
     ("p50 ms", _median),
-    ("p95 ms", lambda row: f"{row.p95_ms:.3f}"),
-    ("p99 ms", lambda row: f"{row.p99_ms:.3f}"),
+    ("p95 ms", lambda row: _tail(row.p95_ms)),
+    ("p99 ms", lambda row: _tail(row.p99_ms)),
     ("faster than first", _ratio),
 )
 _COST: tuple[Column, ...] = (
