@@ -124,6 +124,17 @@ def test_missing_tails_are_null_and_said(tmp_path: Path) -> None:
     few = replace(found, models=rows)
     assert [json.loads(few.to_json())["models"][0][key] for key in ("p95_ms", "p99_ms", "runs")] == [None, None, 15]
     assert rendered(few).count("not enough runs") == 2
+    assert "Of 15 runs there is no p95 or p99; --seconds gives more." in rendered(few)
+
+
+def test_runs_are_counted_not_rounds(tmp_path: Path) -> None:
+    path = tmp_path / "a.onnx"
+    onnx.save(network(), path)
+    found = profile([path], Target(threads=1, levels=("all",)), budget_s=0.1)
+    for runs, rounds, said in ((99, 200, True), (100, 9, False)):
+        result = replace(found, rounds=rounds, models=tuple(replace(row, runs=runs) for row in found.models))
+        assert (f"Of {runs} runs there is a p99 close to the slowest one; " in rendered(result)) is said
+        assert ("close to the slowest" in rendered(result)) is said
 
 
 def test_rendered_table_says_what_was_compared(tmp_path: Path):

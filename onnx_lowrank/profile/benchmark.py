@@ -38,7 +38,7 @@ _PROFILED_RUNS = (5, 50)
 _PROFILED_MS = 500.0
 _IN_MEMORY_BYTES = 1 << 30
 _LEVEL_S = 1.0
-_ENOUGH_ROUNDS = 200  # two of them lie beyond the 99th percentile
+_ENOUGH_RUNS = 200  # two of them lie beyond the 99th percentile
 _FEWEST_RUNS = 20  # one of them lies beyond the 95th percentile
 _WIDE = 0.03
 
@@ -131,7 +131,7 @@ class _Bench:
         entries = [(entry.path, entry.level) for entry in opened]
         found: list[ModelProfile] = []
         for number, (feeds, _) in enumerate(samples, first_race):
-            result = race(entries, target, [(feeds, 1.0)], self.budget_s / len(samples), _ENOUGH_ROUNDS, self.clock)
+            result = race(entries, target, [(feeds, 1.0)], self.budget_s / len(samples), _ENOUGH_RUNS, self.clock)
             found += [self._row(entry, feeds, result, index, number) for index, entry in enumerate(opened)]
         return found
 

@@ -45,13 +45,13 @@ class ModelProfile:
         p95_ms: 95th percentile of all single runs, of disturbed rounds too, on the wall clock: what a caller waits for;
             None: fewer than 20 runs, none of which lies beyond it.
         ratio: Latency of the first file / latency of this one, on the same inputs; above 1 is faster.
-        ratio_ci95: Bootstrap interval of it.
+        ratio_ci95: Its 95 % interval: order statistics of the sign test, see `latency.estimate`.
         nodes: Largest share first.
         shapes: Of the inputs, by name.
         race: Number of the race: rows with the same one were timed in turns, on the same inputs.
         threads: Intra-op threads.
         batch: Samples in one run: the batch asked for, else the leading dimension of the first input that has one.
-        p50_ci95_ms: Bootstrap interval of the median.
+        p50_ci95_ms: Likewise, of the median.
         p99_ms: 99th percentile of the same runs, None where p95 is; of fewer than 100 it is close to the slowest.
         throughput: Samples per second: batch / p50.
         peak_memory_bytes: Most host memory that loading and running take; None: not measured, `Profile.notes` say why.

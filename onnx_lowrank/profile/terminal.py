@@ -16,7 +16,7 @@ from onnx_lowrank.profile.model import ModelProfile, Profile, TimeShare
 
 Column = tuple[str, Callable[[ModelProfile], str]]
 Parts = Callable[[ModelProfile], Sequence[TimeShare]]
-_TAIL_ROUNDS = 100
+_TAIL_RUNS = 100
 
 
 def render(result: Profile, console: Console, shown: int = 10) -> None:
@@ -168,8 +168,9 @@ def _remarks(result: Profile, varying: Sequence[Column]) -> list[str]:
     races = result.races()
     if len(races) > 1:
         lines.append(f"Where the time goes in the other races ({len(races) - 1}): see --json or -o.")
-    if result.rounds < _TAIL_ROUNDS:
-        lines.append(f"The p99 of {result.rounds} rounds is close to the slowest run; --seconds gives it more.")
+    if (fewest := min(row.runs for row in result.models)) < _TAIL_RUNS:
+        said = "no p95 or p99" if any(row.p99_ms is None for row in result.models) else "a p99 close to the slowest one"
+        lines.append(f"Of {fewest} runs there is {said}; --seconds gives more.")
     lines += result.notes
     if result.synthetic:
         lines.append("Inputs are synthetic: drawn to fit the signature.")
