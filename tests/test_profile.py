@@ -146,8 +146,9 @@ def test_rendered_table_says_what_was_compared(tmp_path: Path):
     assert "1 thread(s)" in text
     assert text.count("a.onnx") == 8  # twice in each table
     assert "1.00x [1.00, 1.00]" in text
+    assert "peak host MB" in text
     assert "synthetic" not in text
-    assert f"onnxruntime {onnxruntime.__version__}, provider cpu (no options)" in text
+    assert f"onnxruntime {onnxruntime.__version__}, provider cpu (provider defaults)" in text
 
 
 def test_every_set_of_shapes_is_profiled(tmp_path: Path):

@@ -25,6 +25,7 @@ from onnx_lowrank.plan import Choice, Plan
 from onnx_lowrank.profile import Sweep, profile
 from onnx_lowrank.profile.attribution import attribute, by_layer, by_operator, changes
 from onnx_lowrank.profile.memory import MemoryMeter
+from onnx_lowrank.profile.sweep import left_open
 from onnx_lowrank.signature import TensorSpec
 from onnx_lowrank.synthetic import at_batch
 from onnx_lowrank.target import ALL_LEVELS, Target
@@ -81,6 +82,25 @@ def test_operators_share_the_whole_run(pairs):
     assert sorted(entry.share for entry in found)[::-1] == [entry.share for entry in found]
     assert {entry.name for entry in found} == {op for op, _ in pairs}
     assert all(change.faster == 1.0 for change in changes(found, found))
+
+
+@pytest.mark.parametrize(
+    ("provider", "options", "said"),
+    [
+        ("cuda", {}, "also tries cudnn_conv_algo_search=HEURISTIC and cudnn_conv_algo_search=EXHAUSTIVE, "),
+        (
+            "cuda",
+            {"use_tf32": "0"},
+            "also tries cudnn_conv_algo_search=HEURISTIC and cudnn_conv_algo_search=EXHAUSTIVE, ",
+        ),
+        ("cuda", {"cudnn_conv_algo_search": "DEFAULT"}, ""),
+        ("cpu", {}, ""),
+    ],
+)
+def test_options_that_optimize_would_choose_are_told(provider, options, said):
+    found = left_open(Target(provider, threads=1, provider_options=options))
+    assert said in found
+    assert bool(said) is bool(found)
 
 
 def test_sweep_of_two_models(tmp_path: Path):

@@ -28,7 +28,7 @@ from onnx_lowrank.profile.attribution import attribute, by_layer, by_operator, c
 from onnx_lowrank.profile.inputs import Inputs, drawn
 from onnx_lowrank.profile.memory import HOW, MemoryMeter
 from onnx_lowrank.profile.model import Comparison, ModelProfile, Profile
-from onnx_lowrank.profile.sweep import Configuration, Sweep
+from onnx_lowrank.profile.sweep import Configuration, Sweep, left_open
 from onnx_lowrank.progress import Phases
 from onnx_lowrank.runtime import open_session
 from onnx_lowrank.signature import Feeds
@@ -88,6 +88,7 @@ def profile(
             bench = _Bench(configuration, inputs, budget_s, clock, meter, reasons)
             rows += bench.rows(models, rows[-1].race + 1 if rows else 0)
             advance(done + 1, len(configurations))
+    guesses = (note for inputs in given.values() for note in inputs.notes)
     return Profile(
         models=tuple(rows),
         provider=target.provider,
@@ -95,7 +96,7 @@ def profile(
         rounds=min(row.rounds for row in rows),
         disturbed=any(row.disturbed for row in rows),
         synthetic=feeds is None,
-        notes=tuple(dict.fromkeys((*(note for inputs in given.values() for note in inputs.notes), *reasons))),
+        notes=tuple(filter(None, dict.fromkeys((*guesses, *reasons, left_open(target))))),
         clock=clock.value,
         comparisons=_comparisons(rows),
         sweep={"threads": sweep.threads, "batch": sweep.batches, "levels": sweep.levels},

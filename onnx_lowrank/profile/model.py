@@ -54,7 +54,8 @@ class ModelProfile:
         p50_ci95_ms: Likewise, of the median.
         p99_ms: 99th percentile of the same runs, None where p95 is; of fewer than 100 it is close to the slowest.
         throughput: Samples per second: batch / p50.
-        peak_memory_bytes: Most host memory that loading and running take; None: not measured, `Profile.notes` say why.
+        peak_memory_bytes: Most host memory that loading and running take, a device's own memory not counted; None: not
+            measured, `Profile.notes` say why.
         operators: Time by the kernels that ran, largest share first.
         layers: Time by the user's layers, largest share first: the stages of a chain count for the layer it replaced.
         rounds: Samples the median is of: the undisturbed rounds, in each of which the file runs once or several times.

@@ -65,6 +65,19 @@ class Sweep:
         )
 
 
+def left_open(target: Target) -> str:
+    """A sentence on the provider options that `optimize` would choose by timing; empty where there are none."""
+    tried = [variant.provider_options for variant in target.variants()]
+    named = [f"{key}={value}" for options in tried for key, value in options.items()]
+    differing = [option for option in dict.fromkeys(named) if named.count(option) < len(tried)]
+    if not differing:
+        return ""
+    return (
+        "Provider options that are not given are onnxruntime's defaults; optimize also tries "
+        f"{' and '.join(differing)}, and its report names the faster: --provider-option takes it here."
+    )
+
+
 def parse_sweep(threads: str | None, batch: str | None, levels: str | None) -> Sweep:
     """Read the options `--threads 1,2 --batch 1,8 --levels all,extended`; None where one is not given.
 

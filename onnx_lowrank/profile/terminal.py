@@ -105,6 +105,10 @@ def _tail(percentile_ms: float | None) -> str:
     return "not enough runs" if percentile_ms is None else f"{percentile_ms:.3f}"
 
 
+def _megabytes(count: int | None) -> str:
+    return "not measured" if count is None else f"{count / 1e6:.1f}"
+
+
 def _sizes(row: ModelProfile) -> str:
     return " ".join(f"{name}={'x'.join(map(str, shape)) or 'scalar'}" for name, shape in row.shapes.items())
 
@@ -120,7 +124,7 @@ _COST: tuple[Column, ...] = (
     ("level", lambda row: row.level),
     ("samples/s", lambda row: f"{row.throughput:.4g}"),
     ("load s", lambda row: f"{row.load_s:.2f}"),
-    ("peak MB", lambda row: "not measured" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 1e6:.1f}"),
+    ("peak host MB", lambda row: _megabytes(row.peak_memory_bytes)),
     ("file MB", lambda row: f"{row.size_bytes / 1e6:.2f}"),
 )
 
@@ -186,4 +190,6 @@ def _conditions(result: Profile) -> str:
     listed = ", ".join(f"{key}={value}" for key, value in options.items()) if isinstance(options, dict) else ""
     versions = found["versions"]
     runtime = versions["onnxruntime"] if isinstance(versions, dict) else "?"
-    return f"Timed on {found['cpu']}, onnxruntime {runtime}, provider {result.provider} ({listed or 'no options'})."
+    return (
+        f"Timed on {found['cpu']}, onnxruntime {runtime}, provider {result.provider} ({listed or 'provider defaults'})."
+    )
