@@ -51,7 +51,8 @@ class Run:
 
 def open_run(subject):
     import onnx
-    shapes = [tuple(tensor.dims) for tensor in onnx.load_from_string(subject.model).graph.initializer]
+    model = subject.model if isinstance(subject.model, bytes) else subject.model.read_bytes()
+    shapes = [tuple(tensor.dims) for tensor in onnx.load_from_string(model).graph.initializer]
     run = opened(subject)
     return Run(run) if any({culprit} in shape for shape in shapes) else run
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from onnx_lowrank.errors import LowRankError
 from onnx_lowrank.graph.size import LARGE_BYTES, file_bytes
 from onnx_lowrank.latency.child import shared
 from onnx_lowrank.latency.measure import Clock, Paired, Until, steady_clock
-from onnx_lowrank.latency.messages import Contest, Subject, Weighted
+from onnx_lowrank.latency.messages import Contest, Finished, Subject, Weighted
+from onnx_lowrank.signature import Feeds
 from onnx_lowrank.target import Target
 
 ROUNDS, LARGE_ROUNDS = 9, 5
@@ -48,30 +50,56 @@ def race(
         InputError, ProviderError: if a model does not open or run.
         MeasuringError: if the measuring process dies of a model.
     """
-    return _race([(path, level, target) for path, level in entries], samples, budget_s, enough, clock)
+    return _race(_contest([(path, level, target) for path, level in entries], samples, budget_s, enough, clock))
+
+
+def race_those_that_run(
+    entries: Sequence[tuple[Path, str]],
+    target: Target,
+    samples: Sequence[Weighted],
+    budget_s: float,
+    enough: int = 0,
+    clock: Clock | None = None,
+) -> Finished:
+    """`race` without the files that fail or that the measuring process dies of: those are refused, by index.
+
+    If it dies of the first file, all are refused. Ratios are to the first file that ran.
+    """
+    contest = _contest([(path, level, target) for path, level in entries], samples, budget_s, enough, clock)
+    return shared().contest(contest)
+
+
+def refusal(path: Path, level: str, target: Target, feeds: Feeds) -> LowRankError | None:
+    """Why a file does not run on `feeds`, tried in the measuring process; None where it does."""
+    subject = Subject(path.absolute(), level, target, [(feeds, 1.0)])
+    once = Contest([subject], Until(rounds=1, budget_s=0.0), Clock.WALL)
+    return shared().contest(once).refused.get(0)
 
 
 def race_targets(
     path: Path, level: str, targets: Sequence[Target], samples: Sequence[Weighted], budget_s: float
 ) -> Paired:
     """Time one model file on several targets of one machine in turns, as `race` does."""
-    return _race([(path, level, target) for target in targets], samples, budget_s)
+    return _race(_contest([(path, level, target) for target in targets], samples, budget_s))
 
 
-def _race(
+def _contest(
     entries: Sequence[tuple[Path, str, Target]],
     samples: Sequence[Weighted],
     budget_s: float,
     enough: int = 0,
     clock: Clock | None = None,
-) -> Paired:
+) -> Contest:
     paths = [path for path, _, _ in entries]
     clock = clock or common_clock(paths, [target for _, _, target in entries])
     # The measuring process stays in the folder it was started in.
     subjects = [Subject(path.absolute(), level, target, samples) for path, level, target in entries]
-    contest = Contest(subjects, Until(ROUNDS, budget_s, sample_s=SAMPLE_S, enough=enough), clock)
     if _large(paths):
-        contest = Contest(subjects, Until(LARGE_ROUNDS, budget_s), clock, one_by_one=True)
+        return Contest(subjects, Until(LARGE_ROUNDS, budget_s), clock, one_by_one=True)
+    return Contest(subjects, Until(ROUNDS, budget_s, sample_s=SAMPLE_S, enough=enough), clock)
+
+
+def _race(contest: Contest) -> Paired:
     found = shared().ask(contest)
     for error in found.refused.values():
         raise error

@@ -1,42 +1,37 @@
 """Model files timed against each other in turns, and where each one's time goes, node by node.
 
-onnxruntime's profiler slows a model down, so it only says how the time is shared out; latency comes from the clock that
-other processes disturb least. Node names in its profile are those of the optimized graph; they are led back to the
-user's names as far as they tell.
+A file that fails under some conditions costs its rows under these, not the sweep. Files meet every set of conditions in
+the measuring process first, which may die of them; this process opens only those that ran there.
 """
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import onnx
 
-from onnx_lowrank.errors import InputError
+from onnx_lowrank.errors import InputError, LowRankError
 from onnx_lowrank.graph import io
 from onnx_lowrank.graph.size import file_bytes
-from onnx_lowrank.kernel_trace import KernelEvent
+from onnx_lowrank.latency.child import MeasuringError
 from onnx_lowrank.latency.environment import environment
 from onnx_lowrank.latency.measure import Clock, Paired
-from onnx_lowrank.latency.race import Weighted, common_clock, race
+from onnx_lowrank.latency.race import Weighted, common_clock, race, race_those_that_run, refusal
 from onnx_lowrank.placement import Placement
-from onnx_lowrank.profile.attribution import attribute, by_layer, by_operator, changes, name_nodes
+from onnx_lowrank.profile.attribution import attribute, by_layer, by_operator, changes
 from onnx_lowrank.profile.inputs import Inputs, drawn
+from onnx_lowrank.profile.kernels import profiled
 from onnx_lowrank.profile.memory import HOW, MemoryMeter
-from onnx_lowrank.profile.model import Comparison, ModelProfile, Profile
+from onnx_lowrank.profile.model import Comparison, Failure, ModelProfile, Profile
 from onnx_lowrank.profile.sweep import Configuration, Sweep, left_open
 from onnx_lowrank.progress import Phases
 from onnx_lowrank.runtime import open_session
 from onnx_lowrank.signature import Feeds
 from onnx_lowrank.target import Target
 
-_PROFILED_RUNS = (5, 50)
-_PROFILED_MS = 500.0
-_IN_MEMORY_BYTES = 1 << 30
 _LEVEL_S = 1.0
 _ENOUGH_RUNS = 200  # two of them lie beyond the 99th percentile
 _FEWEST_RUNS = 20  # one of them lies beyond the 95th percentile
@@ -62,7 +57,7 @@ def profile(
         phases: Told how far it is.
 
     Raises:
-        InputError: if a file cannot be loaded, or does not take the inputs.
+        InputError: if a file cannot be loaded, takes none of the inputs of a sweep, or no file takes any.
         ProviderError: if the provider cannot run them.
     """
     sweep = sweep or Sweep()
@@ -80,14 +75,15 @@ def profile(
     if len(configurations) > 1:
         _require_runs(models, target, [feeds for inputs in given.values() for feeds, _ in inputs.samples])
     clock = common_clock(models, [entry.target for entry in configurations])
-    rows: list[ModelProfile] = []
-    reasons: dict[str, None] = {}
+    found = _Found()
     with MemoryMeter() as meter, (phases or Phases()).phase("profile") as advance:
         for done, configuration in enumerate(configurations):
             inputs = given[configuration.batch]
-            bench = _Bench(configuration, inputs, budget_s, clock, meter, reasons)
-            rows += bench.rows(models, rows[-1].race + 1 if rows else 0)
+            _Bench(configuration, inputs, budget_s, clock, meter, found).run(models)
             advance(done + 1, len(configurations))
+    rows = found.rows
+    if not rows:
+        raise found.errors[0]
     guesses = (note for inputs in given.values() for note in inputs.notes)
     return Profile(
         models=tuple(rows),
@@ -96,63 +92,110 @@ def profile(
         rounds=min(row.rounds for row in rows),
         disturbed=any(row.disturbed for row in rows),
         synthetic=feeds is None,
-        notes=tuple(filter(None, dict.fromkeys((*guesses, *reasons, left_open(target))))),
+        notes=tuple(filter(None, dict.fromkeys((*guesses, *found.reasons, left_open(target))))),
         clock=clock.value,
         comparisons=_comparisons(rows),
         sweep={"threads": sweep.threads, "batch": sweep.batches, "levels": sweep.levels},
         environment={**environment(target), "memory": HOW},
+        failures=tuple(found.failures),
     )
 
 
 @dataclass(frozen=True)
-class _Opened:
-    """A file that was opened, at the level it runs fastest at."""
+class _Found:
+    """What came out so far; `errors` are behind the failures, `reasons` say what of a row was not measured."""
+
+    rows: list[ModelProfile] = field(default_factory=list[ModelProfile])
+    failures: list[Failure] = field(default_factory=list[Failure])
+    errors: list[LowRankError] = field(default_factory=list[LowRankError])
+    reasons: dict[str, None] = field(default_factory=dict[str, None])
+
+
+@dataclass
+class _Entry:
+    """A file at the level it runs fastest at; opened in this process once the measuring one has run it."""
 
     path: Path
     level: str
-    load_s: float
-    placement: tuple[Placement, ...]
+    load_s: float = 0.0
+    placement: tuple[Placement, ...] | None = None
+
+    def open(self, target: Target) -> None:
+        """Time the opening, once."""
+        if self.placement is None:
+            start = time.perf_counter()
+            session = open_session(self.path, target, self.level)
+            self.load_s, self.placement = time.perf_counter() - start, session.placement()
 
 
 @dataclass(frozen=True)
 class _Bench:
-    """One combination of a sweep; `reasons` collects why something was not measured."""
+    """One combination of a sweep."""
 
     configuration: Configuration
     inputs: Inputs
     budget_s: float
     clock: Clock
     meter: MemoryMeter
-    reasons: dict[str, None]
+    found: _Found
 
-    def rows(self, models: Sequence[Path], first_race: int) -> list[ModelProfile]:
-        """Every model, on one set of shapes after the other."""
+    def run(self, models: Sequence[Path]) -> None:
+        """Every model, on one set of shapes after the other: a row or a failure of each."""
         samples, target = self.inputs.samples, self.configuration.target
-        opened = [_at_best(path, target, samples) for path in models]
-        entries = [(entry.path, entry.level) for entry in opened]
-        found: list[ModelProfile] = []
-        for number, (feeds, _) in enumerate(samples, first_race):
-            result = race(entries, target, [(feeds, 1.0)], self.budget_s / len(samples), _ENOUGH_RUNS, self.clock)
-            found += [self._row(entry, feeds, result, index, number) for index, entry in enumerate(opened)]
-        return found
+        entries = [_Entry(path, _best_level(path, target, samples)) for path in models]
+        for feeds, _ in samples:
+            rows, refused = self._raced(entries, feeds, self.found.rows[-1].race + 1 if self.found.rows else 0)
+            self.found.rows.extend(rows)
+            self.found.errors.extend(refused.values())
+            for index, path in enumerate(models):
+                if index in refused:
+                    self._fail(path, feeds, str(refused[index]))
+                elif 0 in refused:
+                    self._fail(path, feeds, f"{models[0].name}, which it is compared with, failed")
 
-    def _row(self, opened: _Opened, feeds: Feeds, result: Paired, index: int, number: int) -> ModelProfile:
-        timing, target = result.timings[index], self.configuration.target
-        batch = self.configuration.batch or next((array.shape[0] for array in feeds.values() if array.ndim), 1)
-        memory = self.meter.peak(opened.path, target, opened.level, feeds)
+    def _raced(
+        self, entries: Sequence[_Entry], feeds: Feeds, number: int
+    ) -> tuple[list[ModelProfile], dict[int, LowRankError]]:
+        """Rows of the files that ran, none where the first did not, and the errors of the others."""
+        target, budget_s = self.configuration.target, self.budget_s / len(self.inputs.samples)
+        files = [(entry.path, entry.level) for entry in entries]
+        result = race_those_that_run(files, target, [(feeds, 1.0)], budget_s, _ENOUGH_RUNS, self.clock)
+        refused, rows = dict(result.refused), list[ModelProfile]()
+        standing = [index for index in range(len(entries)) if index not in refused]
+        for place, index in enumerate(standing):
+            if 0 in refused or result.paired is None:
+                break
+            try:
+                rows.append(self._row(entries[index], feeds, result.paired, place, number))
+            except LowRankError as error:
+                refused[index] = error
+        return rows, refused
+
+    def _fail(self, path: Path, feeds: Feeds, reason: str) -> None:
+        target, batch = self.configuration.target, self._batch(feeds)
+        shapes = {name: array.shape for name, array in feeds.items()}
+        self.found.failures.append(Failure(str(path), target.threads, batch, target.levels, shapes, reason))
+
+    def _batch(self, feeds: Feeds) -> int:
+        return self.configuration.batch or next((array.shape[0] for array in feeds.values() if array.ndim), 1)
+
+    def _row(self, entry: _Entry, feeds: Feeds, result: Paired, place: int, number: int) -> ModelProfile:
+        timing, target, batch = result.timings[place], self.configuration.target, self._batch(feeds)
+        entry.open(target)
+        memory = self.meter.peak(entry.path, target, entry.level, feeds)
         if memory.peak_bytes is None:
-            self.reasons[f"memory of {opened.path.name} was not measured: {memory.reason}"] = None
-        events, graph = _profiled(opened, feeds, target, timing.median_ms)
+            self.found.reasons[f"memory of {entry.path.name} was not measured: {memory.reason}"] = None
+        events, graph = profiled(entry.path, entry.level, feeds, target, timing.median_ms)
         nodes = attribute(events, graph)
         return ModelProfile(
-            path=str(opened.path),
-            level=opened.level,
-            load_s=opened.load_s,
-            size_bytes=file_bytes(opened.path),
+            path=str(entry.path),
+            level=entry.level,
+            load_s=entry.load_s,
+            size_bytes=file_bytes(entry.path),
             p50_ms=timing.median_ms,
             p95_ms=percentile(timing.runs_ms, 0.95),
-            ratio=result.ratios[index],
-            ratio_ci95=result.ci95[index],
+            ratio=result.ratios[place],
+            ratio_ci95=result.ci95[place],
             nodes=nodes,
             shapes={name: array.shape for name, array in feeds.items()},
             race=number,
@@ -168,7 +211,7 @@ class _Bench:
             runs=len(timing.runs_ms),
             clock=result.clock.value,
             disturbed=result.disturbed or (len(result.timings) == 1 and _wide(result)),
-            placement=opened.placement,
+            placement=entry.placement or (),
         )
 
 
@@ -184,11 +227,11 @@ def _wide(alone: Paired) -> bool:
 
 
 def _require_runs(models: Sequence[Path], target: Target, samples: Sequence[Feeds]) -> None:
-    """Refuse inputs that a model fails on before minutes have gone into those that it takes."""
+    """Refuse a file that takes none of the inputs before minutes go into others; one that dies is left to the races."""
     for path in models:
-        session = open_session(path, target, target.levels[0])
-        for feeds in samples:
-            session.run(feeds)
+        errors = [refusal(path, target.levels[0], target, feeds) for feeds in samples]
+        if errors[0] is not None and not any(error is None or isinstance(error, MeasuringError) for error in errors):
+            raise errors[0]
 
 
 def _comparisons(rows: Sequence[ModelProfile]) -> tuple[Comparison, ...]:
@@ -205,44 +248,12 @@ def _comparisons(rows: Sequence[ModelProfile]) -> tuple[Comparison, ...]:
     )
 
 
-def _at_best(path: Path, target: Target, samples: Sequence[Weighted]) -> _Opened:
-    level = target.levels[0]
-    if len(target.levels) > 1:
-        ratios = race([(path, each) for each in target.levels], target, samples, _LEVEL_S).ratios
-        level = target.levels[int(np.argmax(ratios))]
-    start = time.perf_counter()
-    session = open_session(path, target, level)
-    return _Opened(path, level, time.perf_counter() - start, session.placement())
-
-
-def _profiled(
-    opened: _Opened, feeds: Feeds, target: Target, expected_ms: float
-) -> tuple[list[KernelEvent], onnx.GraphProto]:
-    """The kernels of a few runs, and the graph whose nodes they are to be led back to."""
-    least, most = _PROFILED_RUNS
-    runs = min(most, max(least, int(_PROFILED_MS / expected_ms)))
-    model = onnx.load(opened.path, load_external_data=False)
-    source: Path | bytes = opened.path
-    if file_bytes(opened.path) == opened.path.stat().st_size < _IN_MEMORY_BYTES:
-        name_nodes(model.graph)  # the profile says nothing about nodes without a name
-        source = model.SerializeToString()
-    with tempfile.TemporaryDirectory(prefix="onnx-lowrank-") as folder:
-        session = open_session(source, target, opened.level, profile_to=Path(folder))
-        for _ in range(runs + 1):
-            session.run(feeds)
-        events = session.profile_events()
-    return _undisturbed(events, runs + 1), model.graph
-
-
-def _undisturbed(events: list[KernelEvent], runs: int) -> list[KernelEvent]:
-    """One run whose kernels took their median over the runs; the first one, which also allocates, is left out.
-
-    A disturbance hits nearly every run of a busy machine, but each kernel in few of them.
-    """
-    size = len(events) // runs
-    if len(events) % runs:  # runs of different length: loops and branches
-        return events[size:]
-    return [
-        replace(event, microseconds=float(np.median([other.microseconds for other in events[size + place :: size]])))
-        for place, event in enumerate(events[:size])
-    ]
+def _best_level(path: Path, target: Target, samples: Sequence[Weighted]) -> str:
+    """The fastest level over all samples; the first one where the file fails at a level or on a sample."""
+    if len(target.levels) == 1:
+        return target.levels[0]
+    try:
+        ratios = race([(path, level) for level in target.levels], target, samples, _LEVEL_S).ratios
+    except LowRankError:
+        return target.levels[0]
+    return target.levels[int(np.argmax(ratios))]

@@ -38,7 +38,8 @@ class ModelProfile:
 
     Args:
         path: The file.
-        level: Graph optimization level; where none was asked for, the fastest one over all sets of shapes.
+        level: Graph optimization level; where none was asked for, the fastest one over all sets of shapes, or the first
+            one to try where the file fails on a set, or at another level.
         load_s: Seconds from file to session; the file has been read before.
         size_bytes: The file and the external data it names.
         p50_ms: Median latency of one run over the rounds that nothing disturbed, on the clock that `clock` names.
@@ -93,6 +94,27 @@ class ModelProfile:
 
 
 @dataclass(frozen=True)
+class Failure:
+    """A file that was not timed under one set of conditions, because it failed, or the first file of its race did.
+
+    Args:
+        path: The file.
+        threads: Intra-op threads.
+        batch: As for `ModelProfile`.
+        levels: Graph optimization levels it was to run at the best of.
+        shapes: Of the inputs, by name.
+        reason: A sentence.
+    """
+
+    path: str
+    threads: int
+    batch: int
+    levels: tuple[str, ...]
+    shapes: Mapping[str, Shape]
+    reason: str
+
+
+@dataclass(frozen=True)
 class Change:
     """An operator or layer before and after; None where a model spends no time on it.
 
@@ -129,7 +151,8 @@ class Profile:
     """Several files timed in turns, under every set of conditions of a sweep.
 
     Args:
-        models: All files, in the order given, for the first threads, batch, level and set of shapes, then for the next.
+        models: All files, in the order given, for the first threads, batch, level and set of shapes, then for the next;
+            those that failed are in `failures`.
         provider: Execution provider.
         threads: Intra-op threads of the first row; every row has its own.
         rounds: Of the row with the fewest.
@@ -140,6 +163,7 @@ class Profile:
         comparisons: The first file of every race beside each other one.
         sweep: What was asked for: threads, batches and levels; nothing where it was left open.
         environment: What the numbers depend on: versions, processor, provider and its options.
+        failures: Files that were not timed under some conditions.
         schema: Of the JSON.
     """
 
@@ -154,6 +178,7 @@ class Profile:
     comparisons: tuple[Comparison, ...]
     sweep: Mapping[str, tuple[int | str, ...]]
     environment: Mapping[str, object]
+    failures: tuple[Failure, ...] = ()
     schema: int = 1
 
     def to_dict(self) -> dict[str, object]:

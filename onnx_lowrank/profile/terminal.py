@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from onnx_lowrank.profile.model import ModelProfile, Profile, TimeShare
+from onnx_lowrank.profile.model import Failure, ModelProfile, Profile, TimeShare
 
 Column = tuple[str, Callable[[ModelProfile], str]]
 Parts = Callable[[ModelProfile], Sequence[TimeShare]]
@@ -109,7 +109,7 @@ def _megabytes(count: int | None) -> str:
     return "not measured" if count is None else f"{count / 1e6:.1f}"
 
 
-def _sizes(row: ModelProfile) -> str:
+def _sizes(row: ModelProfile | Failure) -> str:
     return " ".join(f"{name}={'x'.join(map(str, shape)) or 'scalar'}" for name, shape in row.shapes.items())
 
 
@@ -181,7 +181,13 @@ def _remarks(result: Profile, varying: Sequence[Column]) -> list[str]:
     for row in (race[0] for race in races if race[0].disturbed):
         where = ", ".join([*(f"{heading} {text(row)}" for heading, text in varying), f"level {row.level}"])
         lines.append(f"The machine was busy ({where}): times scatter or drift. Time again on a quieter one.")
-    return lines
+    return [*lines, *map(_failed, result.failures)]
+
+
+def _failed(failure: Failure) -> str:
+    conditions = f"threads {failure.threads}, batch {failure.batch}, inputs {_sizes(failure)}"
+    levels = " or ".join(failure.levels)
+    return f"{Path(failure.path).name} was not timed ({conditions}, level {levels}): {failure.reason}"
 
 
 def _conditions(result: Profile) -> str:
