@@ -1,4 +1,4 @@
-"""Other work on the machine is seen and its rounds repeated; enough is measured, and no more."""
+"""Other work on the machine is seen and its rounds repeated; enough is measured, and no more, to be near the truth."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ import pytest
 from onnx_lowrank.latency.interference import STOLEN, Interference, Moment, _apart, matrix_products, pin
 from onnx_lowrank.latency.measure import Until, in_turns
 from onnx_lowrank.latency.turns import Clock, Now
+
+Disturbance = Callable[["Shared", int], float]
+TRIALS = 200
 
 
 class Drawn:
@@ -194,3 +197,66 @@ def test_one_disturbed_round_in_five_is_repeated_and_not_called_so() -> None:
     assert found.rounds == 8
     assert found.disturbed_rounds == pytest.approx(0.2, abs=0.1)
     assert not found.disturbed
+
+
+class Shared:
+    """A machine that all runs share: `disturbance` is how much slower its n-th run is, noise of 1 % comes on top."""
+
+    def __init__(self, disturbance: Disturbance, seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.truths = self.rng.uniform(0.5, 3, 2)
+        self.phase = self.rng.random()
+        self._disturbance, self._runs = disturbance, 0
+
+    def run(self, level: float) -> float:
+        self._runs += 1
+        return level * self._disturbance(self, self._runs) * self.rng.lognormal(0, 0.01)
+
+
+class Sharing:
+    """A run of `level` seconds on a machine that others run on, too."""
+
+    def __init__(self, machine: Shared, level: float) -> None:
+        self._machine, self._level = machine, level
+
+    def seconds(self, now: Now = time.perf_counter) -> float:
+        return self._machine.run(self._level)
+
+
+def quiet(machine: Shared, run: int) -> float:
+    return 1.0
+
+
+def swinging(machine: Shared, run: int) -> float:
+    """Slower and faster by 30 %, once around in 60 runs: twenty rounds of three."""
+    return 1 + 0.3 * np.sin(2 * np.pi * (run / 60 + machine.phase))
+
+
+def heating(machine: Shared, run: int) -> float:
+    """Slower by 1 % from run to run."""
+    return 1.01**run
+
+
+def bursts(machine: Shared, run: int) -> float:
+    """Twice as slow for five runs in thirty."""
+    return 2.0 if (run / 30 + machine.phase) % 1 < 1 / 6 else 1.0
+
+
+def two_speeds(machine: Shared, run: int) -> float:
+    """Three runs in ten are slow by 8 %."""
+    return 1.08 if machine.rng.random() < 0.3 else 1.0
+
+
+@pytest.mark.parametrize("disturbance", [quiet, swinging, heating, bursts, two_speeds])
+def test_ratios_of_a_disturbed_machine_are_near_the_truth_and_cover_it(disturbance: Disturbance) -> None:
+    until = Until(rounds=9, budget_s=600.0, half_width=0.02, most=21, sample_s=0.001, resting=True)  # as of chains
+    near = covered = 0
+    for seed in range(TRIALS):
+        machine = Shared(disturbance, seed)
+        found = in_turns([Sharing(machine, level) for level in (1.0, *(1 / machine.truths))], until)
+        for truth, ratio, (low, high) in zip(machine.truths, found.ratios[1:], found.ci95[1:], strict=True):
+            near += abs(ratio / truth - 1) <= 0.02
+            covered += low <= truth <= high
+        assert 9 <= found.rounds <= 21
+    assert near >= 0.95 * 2 * TRIALS
+    assert covered >= 0.9 * 2 * TRIALS
