@@ -269,6 +269,8 @@ def test_a_clock_that_ticks_as_coarsely_as_that_of_windows_is_not_read(monkeypat
         assert (clock_for("cpu", 1), steady_clock(ONE)) == (Clock.WALL, Clock.WALL)
     finally:
         thread_clock.cache_clear()
+
+
 def test_what_is_shown_side_by_side_is_read_on_one_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "m.onnx"
     onnx.save(conv_model((1, 3, 8, 8), (4, 3, 3, 3)), path)

@@ -239,7 +239,7 @@ class ChainTimer:
         kinds = [piece.job.layer.form.elem_type for piece in batch]
         kinds = [TensorProto.FLOAT if kind in self._without_kernels else kind for kind in kinds]
         own = [piece.subject(self.target, self.level, kind) for piece, kind in zip(batch, kinds, strict=True)]
-        found = self._child.contest(Contest([*first, *own], until, self._clock))
+        found = self._child.contest(Contest([*first, *own], until, self._clock), divisible=True)
         lacking = {i - len(first) for i, error in found.refused.items() if isinstance(error, UnsupportedTypeError)}
         types = {batch[i].job.layer.form.elem_type for i in lacking if i >= 0}
         types -= self._without_kernels | {TensorProto.FLOAT}

@@ -94,14 +94,18 @@ class Child:
                 self._kill()
                 raise
 
-    def contest(self, contest: Contest) -> Finished:
+    def contest(self, contest: Contest, *, divisible: bool = False) -> Finished:
         """`ask`, without the subjects that the process dies of; they are among the refused.
 
         If it dies of the first subject, or of no single one, all are refused. An error on a device may leave nothing
         usable behind in the process: what failed first is left out then, and all others are asked for anew.
 
+        Args:
+            contest: What to time.
+            divisible: The caller can do with fewer at once.
+
         Raises:
-            CrowdedError: if it ran out of memory with more than two of them.
+            CrowdedError: if they are divisible, more than two, and it ran out of memory.
         """
         refused: dict[int, LowRankError] = {}
         left = list(range(len(contest.subjects)))
@@ -110,7 +114,7 @@ class Child:
             try:
                 found = self.ask(part)
             except MeasuringError as error:
-                if error.no_memory and len(left) > _PAIR:
+                if divisible and error.no_memory and len(left) > _PAIR:
                     raise CrowdedError(error.what, None) from error
                 culprits = {error.index: error} if error.index is not None else self._culprits(part)
                 if 0 in culprits or not culprits:
