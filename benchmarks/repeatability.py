@@ -2,19 +2,18 @@
 
     python -m benchmarks.repeatability [MODEL ...] [--speedup 2] [--times 5] [--disturbed]
 
-Every run is a process of its own with an empty table. The finished models are then timed in turns by
-`independent.py`, which knows nothing of onnx-lowrank. `--disturbed` runs everything of a run on one core, on which a
-busy loop takes half of the time; the witness times undisturbed. Rows go to `benchmarks/results/repeatability.json`.
+Every run is a process of its own with an empty table. The finished models are then timed, each in turns with the
+original, by `independent.py`, which knows nothing of onnx-lowrank. `--disturbed` runs everything of a run on one core,
+on which a busy loop takes half of the time; the witness times undisturbed. Rows go to
+`benchmarks/results/repeatability.json`.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import multiprocessing
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,6 +22,7 @@ from pathlib import Path
 
 from benchmarks import command
 from benchmarks.fashion import NETS
+from benchmarks.witness import witnessed
 from benchmarks.zoo import results
 from benchmarks.zoo.cache import default_cache
 from benchmarks.zoo.model import ZooModel
@@ -31,7 +31,6 @@ from benchmarks.zoo.models import all_models
 MODELS = ("embedded", "hed")
 KEYS = ("model", "goal", "run", "core_disturbed")
 COLUMNS = (*KEYS, "speedup", "ci95", "independent", "phase_time_chains", "seconds", "disturbed", "goal_reached")
-LEVELS = ("all", "extended")
 BUSY = 0.05  # seconds of work, then as many of rest
 
 
@@ -61,13 +60,12 @@ def main(words: Sequence[str] | None = None) -> int:
 def repeated(
     model: ZooModel, speedup: float, times: int, folder: Path, *, disturbed: bool
 ) -> list[dict[str, results.Scalar]]:
-    """One row per run; all results are timed together at the end."""
+    """One row per run; the results are timed at the end."""
     original = model.build(default_cache())
     shapes = [word for shape in model.inputs for word in ("--shape", shape)]
     options = [*shapes, "--threads", "1", "--speedup", f"{speedup:g}"]
     rows: list[dict[str, results.Scalar]] = []
-    files = [f"{original}@{level}" for level in LEVELS]
-    before: list[int] = []
+    pairs: list[tuple[str, str]] = []
     for number in range(times):
         own = folder / str(number)
         own.mkdir()
@@ -76,15 +74,12 @@ def repeated(
         if not run.written:
             raise SystemExit(f"{model.name}, run {number}: {run.error}")
         levels = run.report["latency"]["levels"]
-        before.append(LEVELS.index(levels["before"]))
-        files.append(f"{run.out}@{levels['after']}")
+        pairs.append((f"{original}@{levels['before']}", f"{run.out}@{levels['after']}"))
         row: dict[str, results.Scalar] = {"model": model.name, "goal": f"speedup {speedup:g}", "run": number}
         rows.append({**row, "core_disturbed": disturbed, **run.figures(), **run.costs()})
-    witness = [sys.executable, str(Path(__file__).with_name("independent.py")), *files, *shapes]
-    timed = json.loads(subprocess.run(witness, check=True, capture_output=True, text=True).stdout)
-    speeds, own_ms = timed["speedup"], timed["ms"][len(LEVELS) :]
-    for row, base, speed, ms in zip(rows, before, speeds[len(LEVELS) :], own_ms, strict=True):
-        row |= {"independent": round(speed / speeds[base], 3), "independent_ms": ms}
+    for row, pair in zip(rows, pairs, strict=True):
+        found = witnessed(*pair, shapes)
+        row |= {"independent": found.speedup, "independent_ms": found.ms}
     return rows
 
 

@@ -9,14 +9,13 @@ Rows go to `benchmarks/results/weighted_shapes.json`: one per shape, and one for
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import command
+from benchmarks.witness import witnessed
 from benchmarks.zoo import results
 from benchmarks.zoo.cache import default_cache
 from benchmarks.zoo.models import all_models
@@ -57,16 +56,15 @@ def weighted(name: str, speedup: float, folder: Path) -> list[dict[str, results.
     if not run.written:
         raise SystemExit(f"{name}: {run.error}")
     levels = run.report["latency"]["levels"]
-    files = [f"{original}@{levels['before']}", f"{run.out}@{levels['after']}"]
+    files = (f"{original}@{levels['before']}", f"{run.out}@{levels['after']}")
     rows: list[dict[str, results.Scalar]] = []
     before = after = 0.0
     for weight, sizes in shapes:
         words = [word for size in sizes for word in ("--shape", size)]
-        witness = [sys.executable, str(Path(__file__).with_name("independent.py")), *files, *words, "--seconds", "20"]
-        timed = json.loads(subprocess.run(witness, check=True, capture_output=True, text=True).stdout)
-        before, after = before + weight * timed["ms"][0], after + weight * timed["ms"][1]
-        rows.append({"shape": " ".join(sizes), "weight": weight, "independent": timed["speedup"][1]})
-        rows[-1] |= {"independent_before_ms": timed["ms"][0], "independent_ms": timed["ms"][1]}
+        timed = witnessed(*files, words)
+        before, after = before + weight * timed.before_ms, after + weight * timed.ms
+        rows.append({"shape": " ".join(sizes), "weight": weight, "independent": timed.speedup})
+        rows[-1] |= {"independent_before_ms": timed.before_ms, "independent_ms": timed.ms}
     total = sum(weight for weight, _ in shapes)
     together = {"independent_before_ms": round(before / total, 3), "independent_ms": round(after / total, 3)}
     whole = {"shape": "weighted", "weight": total, **together, "independent": round(before / after, 3)}

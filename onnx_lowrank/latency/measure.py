@@ -187,6 +187,23 @@ def in_turns(runs: Sequence[Run], until: Until, clock: Clock = Clock.WALL, witne
     return _paired(_trusted(rounds, seen, until.rounds), waited, clock, sum(seen) / len(seen))
 
 
+def joined(parts: Sequence[Paired]) -> Paired:
+    """The same models timed several times over, as one measurement: the rounds of all."""
+    table = np.hstack([np.array([timing.samples_ms for timing in part.timings]) for part in parts]).T
+    ratios = [ratio_of(column) for column in (table[:, :1] / table).T]
+    runs = ([run for part in parts for run in part.timings[model].runs_ms] for model in range(table.shape[1]))
+    seconds = zip(table.T / 1e3, ([run / 1e3 for run in one] for one in runs), strict=True)
+    return replace(
+        parts[0],
+        timings=tuple(_timing(samples, single) for samples, single in seconds),
+        ratios=tuple(ratio.value for ratio in ratios),
+        ci95=tuple((ratio.low, ratio.high) for ratio in ratios),
+        rounds=len(table),
+        disturbed=any(part.disturbed for part in parts),
+        disturbed_rounds=sum(part.rounds * part.disturbed_rounds for part in parts) / len(table),
+    )
+
+
 def _repeats(run: Run, clock: Clock, sample_s: float) -> int:
     return 1 if sample_s == 0 else runs_per_sample(run.seconds(clock.now), sample_s)
 

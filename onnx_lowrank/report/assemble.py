@@ -116,7 +116,7 @@ def assemble(
 def _latency(analysis: Analysis, path: Path) -> Latency:
     racer = analysis.bench.racer
     final = racer.best_level(path)
-    race = racer.race([analysis.ready.original, analysis.ready.normalized, final], 3 * racer.seconds)
+    race = racer.repeated([analysis.ready.original, analysis.ready.normalized, final], 3 * racer.seconds)
     speedup, low_rank = race.ratio(0, 2), race.ratio(1, 2)
     before, normalized, after = (timing.median_ms for timing in race.timings)
     levels = {

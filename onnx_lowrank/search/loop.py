@@ -29,7 +29,7 @@ AIM = 1.02
 # Choose by this share of an error limit: the samples it is reported on are others.
 ERROR_AIM = 0.9
 # Faster than the goal by more than this is accuracy given away: try again with the corrected prediction.
-OVERSHOOT = 1.05
+OVERSHOOT = 1.03
 # A doubtful chain is left out if the model without it is at least this fast in comparison (see `guard`).
 NO_SLOWER = 0.995
 

@@ -16,7 +16,7 @@ from onnx_lowrank.graph.size import LARGE_BYTES, file_bytes
 from onnx_lowrank.latency.child import MeasuringError
 from onnx_lowrank.latency.measure import Paired
 from onnx_lowrank.latency.messages import Subject, Weighted
-from onnx_lowrank.latency.race import race
+from onnx_lowrank.latency.race import race, race_repeatedly
 from onnx_lowrank.signature import Feeds
 from onnx_lowrank.target import Target
 
@@ -79,20 +79,27 @@ class Racer:
 
     def race(self, contestants: Sequence[Contestant], seconds: float | None = None) -> Paired:
         """Run the contestants in turns on every sample; milliseconds are weighted over the samples."""
-        entries = [(self.runnable(contestant.path), contestant.level) for contestant in contestants]
-        timed = race(entries, self.target, self._weighted(), seconds or self.seconds)
+        timed = race(self._entries(contestants), self.target, self._weighted(), seconds or self.seconds)
+        self.cores = timed.cores
+        return timed
+
+    def repeated(self, contestants: Sequence[Contestant], seconds: float | None = None) -> Paired:
+        """`race` in several processes, see `race_repeatedly`."""
+        timed = race_repeatedly(self._entries(contestants), self.target, self._weighted(), seconds or self.seconds)
         self.cores = timed.cores
         return timed
 
     def trial(self, rivals: Sequence[Contestant], path: Path) -> tuple[Paired, str]:
         """A trial model in turns behind its rivals, which have run before, and the level it is fastest at.
 
+        In several processes: what is decided by it has to hold in others.
+
         Raises:
             MeasuringError: if it does not run, whatever the provider says about it.
         """
         try:
             final = self.best_level(path)
-            return self.race([*rivals, final]), final.level
+            return self.repeated([*rivals, final]), final.level
         except MeasuringError:
             raise
         except (InputError, ProviderError) as error:
@@ -104,6 +111,9 @@ class Racer:
         if file_bytes(path) > LARGE_BYTES:
             return None
         return Subject(path.absolute(), contestant.level, self.target, self._weighted())
+
+    def _entries(self, contestants: Sequence[Contestant]) -> list[tuple[Path, str]]:
+        return [(self.runnable(contestant.path), contestant.level) for contestant in contestants]
 
     def _weighted(self) -> list[Weighted]:
         return [(self.fed(sample), sample.weight) for sample in self.samples]
