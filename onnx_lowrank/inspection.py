@@ -166,7 +166,7 @@ def _whitened(source: Source, ready: Prepared, settings: Settings, folder: Path)
     """Measures of M G^(1/2) by layer key, of the layers a walk can stop at."""
     if source.samples is None or ready.racer.as_float32:
         return {}
-    target = replace(settings.target, threads=0).exact()
+    target = settings.target.for_samples()
     room = folder / "activations"
     room.mkdir()
     found: dict[str, Measures] = {}

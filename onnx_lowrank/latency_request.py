@@ -204,7 +204,7 @@ def _finish(request: _Request, target: Target, threads: int) -> None:
     for kind in KINDS:
         probes[kind] = {rank: f"probes/{kind}_{rank}.onnx" for rank in PROBED_RANKS}
         for rank, name in probes[kind].items():
-            file.writestr(name, probe_model(rank, kind).SerializeToString())
+            file.writestr(name, probe_model(rank, kind, target.provider).SerializeToString())
     manifest = {
         "lowered_by": lowered_by(),
         "provider": target.provider,

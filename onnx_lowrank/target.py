@@ -151,6 +151,15 @@ class Target:
             return self
         return replace(self, provider_options={**self.provider_options, "use_tf32": "0"})
 
+    def for_samples(self) -> Target:
+        """Where parts of a model are walked through with samples, on all cores: the CPU, or CUDA in plain float32.
+
+        Other providers compile what they are given; a part of one node they leave alone, and numbers are what counts.
+        """
+        if self.provider != "cuda":
+            return Target()
+        return replace(self, threads=0, allow_fallback=True).exact()
+
     def variants(self) -> tuple[Target, ...]:
         """The provider options worth timing where the user leaves them open; at least the target itself."""
         if self.provider != "cuda":

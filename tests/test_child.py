@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 import pytest
 from builders import conv_model
-from test_latency import chain, layer
+from test_prices import chain, layer
 
 from onnx_lowrank.errors import InputError, PassError
 from onnx_lowrank.latency.chains import ChainTimer

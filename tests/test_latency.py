@@ -13,21 +13,15 @@ import numpy as np
 import onnx
 import pytest
 from builders import conv_model
-from onnx import TensorProto
 
-from onnx_lowrank.chain import Chain, Stage
 from onnx_lowrank.latency import circumstances
-from onnx_lowrank.latency.blocks import PROBED_RANKS, smallest_block
-from onnx_lowrank.latency.chains import ChainTimer
+from onnx_lowrank.latency.child import shared
 from onnx_lowrank.latency.circumstances import Circumstances, lowered_by
-from onnx_lowrank.latency.grid import channel_block, known_block
-from onnx_lowrank.latency.measure import Until, in_turns, steady_clock
-from onnx_lowrank.latency.pieces import Job, Piece, batches, chain_key
-from onnx_lowrank.latency.race import common_clock, race
+from onnx_lowrank.latency.measure import Until, in_turns, joined, steady_clock
+from onnx_lowrank.latency.race import SITTING_ROUNDS, SITTINGS, common_clock, race, race_repeatedly
 from onnx_lowrank.latency.table import CACHE_VARIABLE, LatencyTable, Record, cache_folder
 from onnx_lowrank.latency.turns import Clock, Now, clock_for, one_round, thread_clock, tick_s
 from onnx_lowrank.latency.worker import OverSamples
-from onnx_lowrank.layer import Form, Geometry, Layer, LayerShape, Site
 from onnx_lowrank.runtime import open_session
 from onnx_lowrank.target import Target
 
@@ -44,19 +38,6 @@ class Scripted:
     def seconds(self, now: Now = time.perf_counter) -> float:
         self._next += 1
         return self._seconds[(self._next - 1) % len(self._seconds)]
-
-
-def layer(key: str = "c", elem_type: int = TensorProto.FLOAT, sites: int = 1, stride: int = 1) -> Layer:
-    shape = LayerShape(1, 16, 8, (3, 3))
-    form = Form("Conv", elem_type, 17, Geometry((stride, stride), (1, 1), (1, 1, 1, 1)), bias=True)
-    out = 8 // stride
-    where = tuple(Site(f"{key}{i}", (1, 8, 8, 8), (1, 16, out, out), count=i + 1.0) for i in range(sites))
-    return Layer(key, shape, form, tuple(site.node for site in where), where, "w", lambda: np.zeros(shape.weight))
-
-
-def chain(rank: int, out: int = 16) -> Chain:
-    stages = (Stage(1, rank, 8, (3, 3), (0, 1)), Stage(1, out, rank, (1, 1)))
-    return Chain("svd", stages, "grchw,gsrab->gschw")
 
 
 def write_rows(path: Path, first: int, rows: int) -> None:
@@ -282,98 +263,27 @@ def test_what_is_shown_side_by_side_is_read_on_one_clock(tmp_path: Path, monkeyp
     assert common_clock([path], [ONE]) is Clock.WALL
 
 
-def test_prices_are_remembered_and_shared(tmp_path: Path):
-    jobs = [Job(layer()), Job(layer(), chain(4)), Job(layer(), chain(8)), Job(layer("twin"), chain(4))]
-    calls: list[tuple[int, int]] = []
-    with LatencyTable(tmp_path / "t.sqlite") as table:
-        timer = ChainTimer(ONE, table)
-        prices = timer.price(jobs, lambda done, total: calls.append((done, total)))
-        assert timer.timed == 3
-        assert not timer.dropped
-        assert all(price is not None and price > 0 for price in prices)
-        assert prices[1] == prices[3]
-        assert calls[-1] == (3, 3)
-    with LatencyTable(tmp_path / "t.sqlite") as table:
-        warm = ChainTimer(ONE, table)
-        assert warm.price(jobs) == prices
-        assert (warm.timed, warm.priced) == (0, 3)
+def test_measurements_are_joined_round_by_round():
+    parts = [in_turns([Scripted(before), Scripted(1.0)], Until(rounds=3, budget_s=0.0)) for before in (2.0, 3.0, 2.5)]
+    whole = joined([replace(parts[0], disturbed=True, disturbed_rounds=1.0), *parts[1:]])
+    assert whole.rounds == sum(part.rounds for part in parts)
+    assert whole.timings[0].samples_ms == tuple(ms for part in parts for ms in part.timings[0].samples_ms)
+    assert len(whole.timings[1].runs_ms) == sum(len(part.timings[1].runs_ms) for part in parts)
+    assert whole.ratios == (1.0, 2.5)
+    low, high = whole.ci95[1]
+    assert low <= 2 < 3 <= high
+    assert whole.disturbed
+    assert whole.disturbed_rounds == pytest.approx(1 / 3)
+    assert joined(parts[:1]) == parts[0]
 
 
-def test_a_price_remembers_what_disturbed_it(tmp_path: Path):
-    jobs = [Job(layer()), Job(layer(), chain(4)), Job(layer(), chain(8))]
-    with LatencyTable(tmp_path / "t.sqlite") as table:
-        first = ChainTimer(ONE, table)
-        first.price(jobs)
-        held = table.record(chain_key(layer(), chain(4), layer().sites[0]), first.where)
-        assert held is not None
-        for disturbed in (False, True):
-            table.put(first.where, replace(held, disturbed=disturbed))
-            timer = ChainTimer(ONE, table)
-            timer.price(jobs)
-            seen = sum(record.disturbed for record in table.records(first.where))
-            assert (timer.timed, timer.priced, timer.disturbed) == (0, 3, seen)
-            assert disturbed <= bool(seen)
-
-
-def test_price_is_the_weighted_sum_over_sites(tmp_path: Path):
-    with LatencyTable(tmp_path / "t.sqlite") as table:
-        timer = ChainTimer(ONE, table)
-        single, triple = timer.price([Job(layer()), Job(layer(sites=2))])  # counts 1, and 1 + 2
-        assert timer.timed == 1
-        assert single is not None
-        assert triple == pytest.approx(3 * single)
-
-
-def test_layer_alone_is_timed_even_when_only_its_chain_is_asked_for(tmp_path: Path):
-    with LatencyTable(tmp_path / "t.sqlite") as table:
-        timer = ChainTimer(ONE, table)
-        timer.price([Job(layer(), chain(4))])
-        assert timer.timed == 2
-        timer.price([Job(layer())])
-        assert timer.timed == 2
-
-
-def test_chain_that_cannot_be_timed_is_dropped(tmp_path: Path):
-    broken = replace(chain(4), stages=(chain(4).stages[0], Stage(1, 16, 5, (1, 1))))
-    with LatencyTable(tmp_path / "t.sqlite") as table:
-        timer = ChainTimer(ONE, table)
-        prices = timer.price([Job(layer()), Job(layer(), broken), Job(layer(), chain(4))])
-        assert [price is None for price in prices] == [False, True, False]
-        assert [dropped.chain for dropped in timer.dropped] == [broken]
-        assert timer.dropped[0].reason.startswith("got ")
-
-
-def test_types_without_kernels_are_priced_as_float32(tmp_path: Path):
-    with LatencyTable(tmp_path / "t.sqlite") as table:
-        timer = ChainTimer(ONE, table)
-        (price,) = timer.price([Job(layer(elem_type=TensorProto.DOUBLE), chain(4))])
-        assert price is not None
-        assert not timer.dropped
-
-
-def test_what_is_open_at_once_is_bounded():
-    pieces = [Piece(Job(layer(), chain(rank)), layer().sites[0]) for rank in (4, 8, 12)]
-    own = pieces[0].own
-    room = own.open_bytes + pieces[0].open_bytes + pieces[1].open_bytes
-    assert [len(batch) for batch in batches(pieces, room)] == [3, 2]
-    assert [len(batch) for batch in batches(pieces, 0)] == [2, 2, 2]
-    assert all(batch[0] == own for batch in batches(pieces, 0))
-    large = replace(layer().sites[0], input_shape=(1, 8, 640, 640), output_shape=(1, 16, 640, 640))
-    assert Piece(Job(layer()), large).open_bytes > 4 * 640 * 640 * (8 + 16)  # activations, not weights alone
-
-
-@pytest.mark.parametrize("block", [4, 8, 16, 32])
-def test_block_of_a_machine_that_pads(block):
-    rng = np.random.default_rng(0)
-    padded = {rank: (20 + -(-rank // block) * block) * rng.uniform(0.99, 1.01) for rank in PROBED_RANKS}
-    assert smallest_block(padded) == block
-
-
-@pytest.mark.parametrize("kind", ["conv", "matmul"])
-def test_block_is_probed_once(tmp_path: Path, kind):
-    with LatencyTable(tmp_path / "t.sqlite") as table:
-        assert known_block(HERE, table, kind) is None
-        block = channel_block(ONE, table, kind)
-        assert block in {4, 8, 16, 32}
-        assert known_block(HERE, table, kind) == block
-        assert channel_block(ONE, table, kind) == block
+def test_what_has_to_hold_elsewhere_is_timed_by_several_processes(tmp_path: Path):
+    path = tmp_path / "m.onnx"
+    onnx.save(conv_model((1, 3, 8, 8), (4, 3, 3, 3)), path)
+    samples = [({"x": np.ones((1, 3, 8, 8), np.float32)}, 1.0)]
+    race([(path, "all")], ONE, samples, 0.1)
+    first = shared().pid
+    found = race_repeatedly([(path, "all")] * 2, ONE, samples, 0.3)
+    assert shared().pid != first
+    assert found.rounds >= SITTINGS * SITTING_ROUNDS
+    assert len(found.ratios) == 2

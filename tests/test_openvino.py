@@ -20,6 +20,7 @@ pytestmark = pytest.mark.openvino
 VARIABLE = "ONNX_LOWRANK_OPENVINO_PYTHON"
 ROOT = Path(onnx_lowrank.__file__).parent.parent
 EMBEDDED = ROOT / "onnx_lowrank" / "assets" / "fashion_resnet.onnx"
+CALIBRATION = EMBEDDED.with_name("calibration.npz")
 OPENVINO = ("--provider", "openvino", "--threads", "1")
 CLOCKS = """
 import sys, time
@@ -103,10 +104,14 @@ def test_outputs_are_those_of_the_cpu(python: str, tmp_path: Path) -> None:
     assert done.stdout.strip() == "same", done.stderr
 
 
-def test_the_whole_road(python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("samples", [(), ("--calibration", CALIBRATION, "--samples", "64")], ids=["", "calibrated"])
+def test_the_whole_road(
+    python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, samples: tuple[str | Path, ...]
+) -> None:
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     out, folder = tmp_path / "out.onnx", tmp_path / "report"
     words = ("optimize", EMBEDDED, "-o", out, "--speedup", "1.3", "--time-limit", "20", "--passes", "spatial_svd")
+    words += samples
     command(python, *words, *OPENVINO, "--report", folder, exits=(0, 3))
     report = json.loads((folder / "report.json").read_text())
     environment = report["environment"]

@@ -123,6 +123,9 @@ def test_numbers_are_compared_without_tensor_float_32() -> None:
     target = dataclasses.replace(CUDA, provider_options={"use_tf32": "1", "device_id": "1"})
     assert target.exact().provider_options == {"use_tf32": "0", "device_id": "1"}
     assert Target(threads=1).exact() == Target(threads=1)
+    assert Target("openvino", threads=1).for_samples() == Target(threads=1).for_samples() == Target()
+    walked = Target("cuda", threads=1).for_samples()
+    assert (walked.provider, walked.provider_options["use_tf32"], walked.allow_fallback) == ("cuda", "0", True)
 
 
 def test_both_convolution_searches_are_tried_unless_one_is_given() -> None:

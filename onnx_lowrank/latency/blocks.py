@@ -14,14 +14,21 @@ _LARGEST = 32
 BLOCKS = (*_BLOCKS, _LARGEST)
 PROBED_RANKS = tuple(sorted({_LOW, _HIGH} | {rank for block in _BLOCKS for rank in (_LOW + block, _HIGH - block)}))
 PROBE_ROUNDS = 61
+# Where twice the rank costs hardly more, launching costs more than computing, and nothing can be read from steps.
+_TELLING = 1.25
+UNTOLD = 8  # tensor cores take channels in eights
 
 
 def smallest_block(latency: Mapping[int, float]) -> int:
-    """The smallest block by which a rank can step down and save at least a third of its share.
+    """The smallest block by which a rank can step down and save at least a third of its share; else the largest.
+
+    `UNTOLD` where the highest rank takes hardly longer than the lowest.
 
     Args:
         latency: Rank -> latency in any unit, for `PROBED_RANKS`.
     """
+    if latency[_HIGH] < _TELLING * latency[_LOW]:
+        return UNTOLD
     per_rank = (latency[_HIGH] - latency[_LOW]) / (_HIGH - _LOW)
     for block in _BLOCKS:
         steps = ((rank, rank + block) for rank in (_LOW + block, _HIGH - block))

@@ -19,6 +19,7 @@ Kind = Literal["conv", "matmul"]
 KINDS: tuple[Kind, ...] = ("conv", "matmul")
 _UNTIL = Until(rounds=PROBE_ROUNDS, budget_s=4.0, most=2 * PROBE_ROUNDS)
 _CHANNELS = 128
+_DEVICE_BATCH = 16  # on a device one image takes as long as launching two kernels
 
 
 def channel_block(target: Target, table: LatencyTable, kind: Kind = "conv") -> int:
@@ -50,9 +51,9 @@ def remember_block(where: Circumstances, table: LatencyTable, kind: Kind, block:
     table.put_fact(_key(where, kind), str(block))
 
 
-def probe_model(rank: int, kind: Kind) -> ModelProto:
+def probe_model(rank: int, kind: Kind, provider: str) -> ModelProto:
     """The model that is timed at one of `PROBED_RANKS`: two stages of `rank` channels between them, input "x"."""
-    shape = _shape(kind)
+    shape = _shape(kind, provider)
     width = shape[1]
     if kind == "conv":
         sizes = [(rank, width, 3, 1), (width, rank, 1, 3)]
@@ -78,9 +79,9 @@ def _key(where: Circumstances, kind: Kind) -> str:
 
 def _probe(target: Target, kind: Kind) -> dict[int, float]:
     """Rank -> latency relative to the highest one."""
-    feeds = {"x": np.ones(_shape(kind), np.float32)}
+    feeds = {"x": np.ones(_shape(kind, target.provider), np.float32)}
     ranks = PROBED_RANKS[::-1]
-    models = [probe_model(rank, kind).SerializeToString() for rank in ranks]
+    models = [probe_model(rank, kind, target.provider).SerializeToString() for rank in ranks]
     subjects = [Subject(model, "all", target, [(feeds, 1.0)]) for model in models]
     found = shared().ask(Contest(subjects, _UNTIL, steady_clock(target)))
     for error in found.refused.values():
@@ -89,5 +90,6 @@ def _probe(target: Target, kind: Kind) -> dict[int, float]:
     return {rank: 1 / ratio for rank, ratio in zip(ranks, found.paired.ratios, strict=True)}
 
 
-def _shape(kind: Kind) -> tuple[int, ...]:
-    return (1, _CHANNELS, 28, 28) if kind == "conv" else (256, 4 * _CHANNELS)
+def _shape(kind: Kind, provider: str) -> tuple[int, ...]:
+    batch = 1 if provider == "cpu" else _DEVICE_BATCH
+    return (batch, _CHANNELS, 28, 28) if kind == "conv" else (256 * batch, 4 * _CHANNELS)

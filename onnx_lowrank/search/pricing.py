@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -134,7 +134,7 @@ def _calibration(
     """Samples and conditions; networks run on all cores, in exact arithmetic."""
     methods = [(name, asdict(method)) for name, method in ready.methods.items()]  # pyright: ignore[reportArgumentType] - decompositions are dataclasses
     passes = [(record.name, record.options) for record in ready.records]
-    target = replace(settings.target, threads=0).exact()
+    target = settings.target.for_samples()
     samples = usable(samples, source.path, source.graph, target, folder)
     data = (samples.fit.sha256, samples.judge.sha256)
     seen = [PROBE_VERSION, source.sha256, data, methods, passes, versions()]
