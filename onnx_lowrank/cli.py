@@ -417,10 +417,15 @@ def main() -> None:
     sys.exit(run(sys.argv[1:]))
 
 
+def _verbose_first(words: list[str]) -> list[str]:
+    """-v behind a command, where it is looked for as often, means what it means in front of it."""
+    return sorted(words, key=lambda word: word not in {"-v", "--verbose"})
+
+
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit code."""
     try:
-        code = int(app(arguments, standalone_mode=False) or 0)
+        code = int(app(_verbose_first(arguments), standalone_mode=False) or 0)
     except LowRankError as error:
         _complain(str(error))
         return error.exit_code

@@ -28,7 +28,7 @@ from onnx_lowrank.graph import io
 from onnx_lowrank.latency.blocks import BLOCKS, PROBED_RANKS
 from onnx_lowrank.latency.circumstances import lowered_by
 from onnx_lowrank.latency.grid import KINDS, probe_model
-from onnx_lowrank.latency.pieces import chain_key
+from onnx_lowrank.latency.pieces import as_timed, chain_key
 from onnx_lowrank.latency.table import LatencyTable
 from onnx_lowrank.latency.work import in_words
 from onnx_lowrank.layer import Layer, Site
@@ -160,7 +160,7 @@ def write_request(source: Source, settings: Settings, out: Path, phases: Phases,
                 grid = Grid.of_machine(block)
                 rows, _ = decomposed(own, ready, local, cache, phases, memory, lambda _, grid=grid: grid)
                 for row in (row for row in rows if row.factorable):
-                    for site in row.layer.sites:
+                    for site in as_timed(row.layer.sites, settings.target.provider):
                         for option in row.options:
                             request.add_chain(row.layer, option.chain, site, variant, block)
         _finish(request, settings.target, threads)
@@ -210,7 +210,7 @@ def _finish(request: _Request, target: Target, threads: int) -> None:
         "provider": target.provider,
         "options": target.provider_options,
         "threads": threads,
-        "providers": {short: PROVIDERS[short] for short in REQUESTABLE},
+        "provider_name": PROVIDERS[target.provider],
         "config": CONFIG,
         "inputs": inputs,
         "probes": probes,

@@ -40,6 +40,11 @@ class TensorSpec:
         """Whether the elements are real numbers of any width, bfloat16 included."""
         return TensorProto.DataType.Name(self.elem_type).startswith(("FLOAT", "DOUBLE", "BFLOAT"))
 
+    @property
+    def varies(self) -> bool:
+        """Whether the file leaves a size open."""
+        return not all(isinstance(dim, int) for dim in self.shape)
+
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether `shape` has this rank and agrees with the sizes that are fixed."""
         return len(shape) == len(self.shape) and all(

@@ -64,12 +64,17 @@ def resolve_shapes(
         shapes[spec.name], guessed = _filled(spec, bound, image_size, other_size)
         _check_size(spec, shapes[spec.name])
         if guessed:
-            text = _text(shapes[spec.name])
-            notes.append(f"input {spec} is taken as {text}; set it with --shape {spec.name}={text}")
+            notes.append(sized(spec, shapes[spec.name]))
     if shapes and all(0 in shape for shape in shapes.values()):
         listed = ", ".join(map(str, signature))
         raise InputError(f"no value in any input ({listed})", "inputs that hold something", "export the model again")
     return shapes, notes
+
+
+def sized(spec: TensorSpec, shape: Shape) -> str:
+    """What the user reads of an input whose sizes were not given."""
+    text = _text(shape)
+    return f"input {spec} is taken as {text}; set it with --shape {spec.name}={text}"
 
 
 def synthetic_feeds(

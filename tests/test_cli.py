@@ -269,11 +269,11 @@ def test_validate_in_another_metric(folder: Path, capsys: Captured) -> None:
     assert "kl error " in captured.out
 
 
-def test_verbose_logs_on_standard_error(folder: Path, capsys: Captured) -> None:
+@pytest.mark.parametrize("place", ["before", "behind"])
+def test_verbose_logs_on_standard_error(folder: Path, capsys: Captured, place: str) -> None:
+    words = ["optimize", "model.onnx", "-o", "out.onnx", "--threads", "1", "--max-error", "0.05", "--json", "-v"]
     save(shared(), folder)
-    assert (
-        run(["-v", "optimize", "model.onnx", "-o", "out.onnx", "--threads", "1", "--max-error", "0.05", "--json"]) == 0
-    )
+    assert run(words if place == "behind" else words[-1:] + words[:-1]) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out)["goal"]["kind"] == "max-error"
     assert "predicted loss" in captured.err

@@ -78,24 +78,20 @@ def measured(request_file: Path, folder: Path, *options: str) -> subprocess.Comp
 
 
 def opened(provider: str = "cuda", options: dict[str, str] | None = None) -> Target:
-    raw = {"provider": provider, "options": options or {}, "threads": 1, "config": {}, "providers": PROVIDERS}
-    asked = argparse.Namespace(provider=None, provider_option=[], threads=None, allow_fallback=True)
-    return Target(asked, raw)
+    raw = {
+        "provider": provider,
+        "options": options or {},
+        "threads": 1,
+        "config": {},
+        "provider_name": PROVIDERS[provider],
+    }
+    asked = argparse.Namespace(provider_option=[], threads=None, allow_fallback=True)
+    return Target(asked, {**raw, "threads": 1, "config": {}})
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (
-            ["--provider", "foo"],
-            "got --provider foo; expected one of cpu, cuda, which this script can time; "
-            "name one of these, or run `onnx-lowrank optimize` on the device itself",
-        ),
-        (
-            ["--provider", "openvino"],
-            "got --provider openvino; expected one of cpu, cuda, which this script can time; "
-            "name one of these, or run `onnx-lowrank optimize` on the device itself",
-        ),
         (["--provider-option", "x"], "got --provider-option x; expected name=value; write it like that"),
         (["--threads", "-1"], "got --threads -1; expected 0 (all cores) or more; give another number"),
         (
@@ -130,8 +126,21 @@ def test_a_script_of_another_version_measures_nothing(request_file: Path, tmp_pa
     assert (done.returncode, done.stderr) == (2, f"error: {said}; unpack measure.py of that request\n")
 
 
-def test_a_request_lists_the_providers_it_is_given_out_for(request_file: Path) -> None:
-    assert manifest(request_file)["providers"] == {short: PROVIDERS[short] for short in REQUESTABLE}
+def test_a_request_is_for_one_provider(request_file: Path, tmp_path: Path) -> None:
+    """Chains of others are lowered, probed and timed otherwise."""
+    assert (manifest(request_file)["provider"], manifest(request_file)["provider_name"]) == ("cpu", PROVIDERS["cpu"])
+    assert (
+        b"unrecognized arguments: --provider cuda"
+        in measured(request_file, tmp_path, "--provider", "cuda").stderr.encode()
+    )
+    path = save(network(), tmp_path)
+    assert run(["latency", "request", str(path), "-o", str(tmp_path / "gpu.zip"), "--provider", "cuda"]) == 0
+    told = {
+        name: {w for group in manifest(file)["layers"] for w in [group["what"]] if "before Conv" in w}
+        for name, file in (("cpu", request_file), ("cuda", tmp_path / "gpu.zip"))
+    }
+    assert told["cpu"]
+    assert not told["cuda"]
 
 
 def test_computations_of_shapes_are_listed_as_the_package_judges_them(tmp_path: Path) -> None:

@@ -72,13 +72,15 @@ def test_samples_take_the_shapes_of_the_target_or_of_the_data(tmp_path: Path) ->
     samples, notes = make_samples(graph, Target(shapes=entries), None, 0)
     assert [(s.feeds["image"].shape[0], s.weight) for s in samples] == [(1, 0.75), (2, 0.25)]
     assert notes == ()
-    (guessed,), notes = make_samples(graph, Target(), None, 0)
+    (guessed,), guessing = make_samples(graph, Target(), None, 0)
     assert guessed.feeds["image"].shape == (1, 3, 16, 16)
-    assert len(notes) == 1
+    assert len(guessing) == 1
+    assert guessing[0].endswith(" is taken as 1x3x16x16; set it with --shape image=1x3x16x16")
     np.savez(tmp_path / "d.npz", image=np.ones((5, 3, 16, 16), np.float32))
     source = read_source(save(network(), tmp_path), tmp_path / "d.npz")
     (given_one,), notes = make_samples(graph, Target(), source.data, 0)
-    assert (given_one.feeds["image"].shape, given_one.feeds["image"].max(), notes) == ((1, 3, 16, 16), 1.0, ())
+    assert (given_one.feeds["image"].shape, given_one.feeds["image"].max()) == ((1, 3, 16, 16), 1.0)
+    assert notes == guessing  # one sample at a time is a guess, too
     with pytest.raises(InputError):
         make_samples(graph, Target(shapes=(InputShapes({"other": (1,)}),)), None, 0)
 

@@ -21,7 +21,7 @@ from onnx_lowrank.latency.circumstances import Circumstances
 from onnx_lowrank.latency.estimate import Interval
 from onnx_lowrank.latency.measure import DISTURBED_SHARE, Until, steady_clock
 from onnx_lowrank.latency.messages import Contest, Finished, Subject
-from onnx_lowrank.latency.pieces import Job, Piece, batches
+from onnx_lowrank.latency.pieces import Job, Piece, as_timed, batches
 from onnx_lowrank.latency.table import LatencyTable, Record
 from onnx_lowrank.latency.work import in_words
 from onnx_lowrank.layer import Layer
@@ -126,7 +126,7 @@ class ChainTimer:
         Returns:
             One price per job; None for a chain that could not be timed (see `dropped`).
         """
-        pieces = [[Piece(job, site) for site in job.layer.sites] for job in jobs]
+        pieces = [self._pieces(job) for job in jobs]
         unique = {piece.key: piece for row in pieces for piece in row}
         records = [r for key in unique if (r := self.table.record(key, self.where)) is not None and r.ms is not None]
         known: dict[str, float | None] = {record.key: record.ms for record in records}
@@ -149,7 +149,7 @@ class ChainTimer:
         Returns:
             One per job; None for a chain that could not be timed.
         """
-        pieces = [[Piece(job, site) for site in job.layer.sites] for job in jobs]
+        pieces = [self._pieces(job) for job in jobs]
         unique = {piece.key: piece for row in pieces for piece in row}
         found: dict[str, Share] = {}
         for batch in batches(list(unique.values())):
@@ -178,7 +178,7 @@ class ChainTimer:
         costs = dict(zip([layer.key for layer in layers], self.price([Job(layer) for layer in layers]), strict=True))
         costly = sorted(layers, key=lambda layer: costs[layer.key] or 0.0)[-ANCHORS:]
         before = sum(costs[layer.key] or 0.0 for layer in costly)
-        pieces = [Piece(Job(layer), site) for layer in costly for site in layer.sites]
+        pieces = [piece for layer in costly for piece in self._pieces(Job(layer))]
         try:
             found = self._contest(pieces, replace(_UNTIL, budget_s=budget_s, resting=False), model)
         except CrowdedError:
@@ -187,6 +187,9 @@ class ChainTimer:
             return 1.0
         shares = zip(pieces, found.paired.ratios[1:], strict=True)
         return sum(piece.site.count / ratio for piece, ratio in shares) * model_ms / before
+
+    def _pieces(self, job: Job) -> list[Piece]:
+        return [Piece(job, site) for site in as_timed(job.layer.sites, self.target.provider)]
 
     def _time(self, batch: Sequence[Piece]) -> dict[str, float | None]:
         prices: dict[str, float | None] = {}

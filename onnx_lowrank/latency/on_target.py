@@ -90,7 +90,9 @@ class Measurement:
         except RefusedError as error:
             got = f"{what} at level {level}, which {self._target.provider} does not run ({error})"
             again = f", or delete {self._journal.path} to have it tried again" if isinstance(error, DiedError) else ""
-            raise RequestError(got, "a provider that runs it", f"choose another one or other options{again}") from error
+            raise RequestError(
+                got, "a provider that runs it", f"ask for another one, or give other options{again}"
+            ) from error
 
     def _block(self, files: Mapping[str, str]) -> int:
         runs = []
@@ -210,10 +212,9 @@ def _measure(asked: argparse.Namespace) -> None:
 def main() -> int:
     """Read the command line, measure, write."""
     here = Path(__file__).resolve().parent
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--request", type=Path, default=here / "request.zip", help="the request; request.zip beside")
     parser.add_argument("-o", "--output", type=Path, default=Path("table.json"), help="receives the table")
-    parser.add_argument("--provider", help="execution provider, by default as the request says")
     parser.add_argument("--provider-option", action="append", default=[], help="name=value, passed to the provider")
     parser.add_argument("--threads", type=int, help="threads, 0 for all cores; by default as the request says")
     parser.add_argument("--allow-fallback", action="store_true", help="let nodes run on the CPU instead")

@@ -102,13 +102,8 @@ class Target:
     """
 
     def __init__(self, asked: argparse.Namespace, manifest: Mapping[str, Any]) -> None:
-        self.provider = asked.provider or manifest["provider"]
-        if self.provider not in manifest["providers"]:
-            do = "name one of these, or run `onnx-lowrank optimize` on the device itself"
-            listed = ", ".join(manifest["providers"])
-            raise RequestError(f"--provider {self.provider}", f"one of {listed}, which this script can time", do)
-        self.name = manifest["providers"][self.provider]
-        self.options = dict(manifest["options"] if self.provider == manifest["provider"] else {})
+        self.provider, self.name = manifest["provider"], manifest["provider_name"]
+        self.options = dict(manifest["options"])
         self.options.update(map(_option, asked.provider_option))
         threads = manifest["threads"] if asked.threads is None else asked.threads
         if threads < 0:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from onnx import helper
@@ -57,6 +57,15 @@ class Piece:
         x = np.random.default_rng(0).standard_normal(self.site.input_shape)
         feeds = {model.graph.input[0].name: x.astype(helper.tensor_dtype_to_np_dtype(elem_type))}
         return Subject(model.SerializeToString(), level, target, [(feeds, 1.0)])
+
+
+def as_timed(sites: Iterable[Site], provider: str) -> list[Site]:
+    """Sites as a provider's chains are timed at: a convolution behind them on the CPU provider only.
+
+    It is there for the sake of onnxruntime's blocked layout, which no other provider has; and OpenVINO, which sees that
+    it reads one position, leaves out all others of the chain, too.
+    """
+    return [site if provider == "cpu" else replace(site, before_conv=False) for site in sites]
 
 
 def chain_key(layer: Layer, chain: Chain | None, site: Site) -> str:

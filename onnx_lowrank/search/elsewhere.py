@@ -17,7 +17,7 @@ from onnx_lowrank.latency.circumstances import Circumstances, lowered_by
 from onnx_lowrank.latency.grid import Kind, known_block
 from onnx_lowrank.latency.measure import Paired, Timing, steady_clock
 from onnx_lowrank.latency.messages import Subject
-from onnx_lowrank.latency.pieces import Job, chain_key
+from onnx_lowrank.latency.pieces import Job, as_timed, chain_key
 from onnx_lowrank.latency.table import MODEL, LatencyTable, Record
 from onnx_lowrank.latency.table_file import day
 from onnx_lowrank.latency.turns import Clock
@@ -165,12 +165,10 @@ class RememberedPrices:
         return 1.0
 
     def _price(self, job: Job) -> float | None:
-        records = [self._there.table.record(chain_key(job.layer, job.chain, s), self._where) for s in job.layer.sites]
+        sites = as_timed(job.layer.sites, self._where.provider)
+        records = [self._there.table.record(chain_key(job.layer, job.chain, s), self._where) for s in sites]
         price = total(
-            [
-                (site.count, None if record is None else record.ms)
-                for site, record in zip(job.layer.sites, records, strict=True)
-            ]
+            [(site.count, None if record is None else record.ms) for site, record in zip(sites, records, strict=True)]
         )
         if price is None:
             said = [record.reason for record in records if record is not None and record.ms is None]

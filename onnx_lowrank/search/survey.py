@@ -19,7 +19,7 @@ from onnx_lowrank.layer import Kept, Layer, NodeShapes
 from onnx_lowrank.pass_manager import PassManager, PassRecord
 from onnx_lowrank.search.racer import Racer, Sample
 from onnx_lowrank.signature import index_bounds, signature_of
-from onnx_lowrank.synthetic import resolve_shapes, synthetic_feeds
+from onnx_lowrank.synthetic import resolve_shapes, sized, synthetic_feeds
 from onnx_lowrank.target import Target
 from onnx_lowrank.transform import Pass
 
@@ -54,16 +54,18 @@ def make_samples(
     Args:
         graph: The model.
         target: Gives the shapes.
-        data: Where the target leaves shapes open, the first sample of these decides.
+        data: Where the target leaves shapes open, the first sample of these decides, by itself.
         seed: Of synthetic inputs.
 
     Raises:
         InputError: if the target's shapes do not fit the signature.
     """
-    if data is not None and not target.shapes:
-        return (Sample(next(iter(data.feeds(1)))),), ()
     bare = graph.to_proto(_without_values)
-    signature, bounds = signature_of(bare), index_bounds(bare)
+    signature = signature_of(bare)
+    if data is not None and not target.shapes:
+        feeds = next(iter(data.feeds(1)))
+        return (Sample(feeds),), tuple(sized(spec, feeds[spec.name].shape) for spec in signature.inputs if spec.varies)
+    bounds = index_bounds(bare)
     samples: list[Sample] = []
     notes: list[str] = []
     for shapes, weight in [(entry.shapes, entry.weight) for entry in target.shapes] or [({}, 1.0)]:
