@@ -12,6 +12,7 @@ from builders import model, value
 from roads import low_rank, node, on_one_thread, save
 
 from onnx_lowrank.allocators.knapsack import knapsack
+from onnx_lowrank.candidates import Candidate, Problem
 from onnx_lowrank.decomposition import Rank
 from onnx_lowrank.goals import Goal, LatencyMs, Speedup
 from onnx_lowrank.latency.child import MeasuringError
@@ -48,6 +49,22 @@ def test_a_faster_model_is_taken(goal: Goal, low_rank: float, standing: float) -
     assert second is not None
     assert second.reached
     assert sum(c.chain is not None for c in second.best.chosen) == 2
+
+
+def test_between_a_model_too_fast_and_one_too_slow_half_of_the_layers_are_tried() -> None:
+    """The rule's answers are 1.7x and 1.2x; what is wanted lies between them."""
+    keys = "abcdefgh"
+    bench = Scripted(8, dict.fromkeys(keys, 5.0))
+    answers = iter(["abcdefg", "abc"])
+
+    def rule(problem: Problem) -> tuple[Candidate, ...]:
+        cut = next(answers)
+        return tuple(options[1 if options[0].key in cut else 0] for options in problem.layers)
+
+    found = loop_over(dict.fromkeys(keys, 5.0), bench, lambda _: 0.0, rule).run(Speedup(1.45), 100.0, 100.0)
+    assert found.reached
+    assert [c.key for c in found.best.chosen if c.chain is not None] == ["a", "b", "c", "f", "g"]
+    assert found.best.timed.ratio(0, 2).value == pytest.approx(80 / 55)
 
 
 def test_none_where_nothing_is_faster() -> None:

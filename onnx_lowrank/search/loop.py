@@ -13,7 +13,7 @@ from onnx_lowrank.goals import Goal, KeepMacs, KeepParams, LatencyMs, Speedup
 from onnx_lowrank.latency.child import MeasuringError
 from onnx_lowrank.latency.measure import Paired
 from onnx_lowrank.plan import DATA_FREE, Plan
-from onnx_lowrank.search.attempt import Attempt, Outcome, loss_of, same, scaled_ms, standing
+from onnx_lowrank.search.attempt import Attempt, Outcome, halfway, loss_of, same, scaled_ms, standing
 from onnx_lowrank.search.bench import Bench
 from onnx_lowrank.search.guard import doubtful, guarded
 from onnx_lowrank.search.prediction import NEIGHBOUR, Prediction, size_problem
@@ -101,7 +101,7 @@ class Loop:
         prediction, attempts = self.prediction, list[Attempt]()
         wanted = self._wanted(goal, self.baseline)
         for _ in range(ROUNDS):
-            chosen = self.allocator(prediction.problem(wanted / AIM))
+            chosen = halfway(goal, attempts) or self.allocator(prediction.problem(wanted / AIM))
             if any(same(chosen, old.chosen) for old in attempts):
                 break
             try:
