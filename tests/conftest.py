@@ -29,8 +29,9 @@ def latencies(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def quick(latencies: Path) -> Iterator[None]:
-    """Short races: what tiny models gain does not matter to tests, only that they were really run."""
+    """Short races in one process: what tiny models gain does not matter to tests, only that they were really run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(CACHE_VARIABLE, str(latencies))
         patch.setattr("onnx_lowrank.search.prepare.Racer", partial(Racer, seconds=0.3))
+        patch.setattr("onnx_lowrank.latency.race.SITTINGS", 1)
         yield

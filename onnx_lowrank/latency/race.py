@@ -64,7 +64,8 @@ def race_repeatedly(
     once, sittings = _divided(_contest([(path, level, target) for path, level in entries], samples, budget_s))
     parts: list[Paired] = []
     for _ in range(sittings):
-        shared().close()
+        if sittings > 1:
+            shared().close()
         parts.append(_race(once))
     return joined(parts)
 
