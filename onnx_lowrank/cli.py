@@ -419,7 +419,8 @@ def main() -> None:
 
 def _verbose_first(words: list[str]) -> list[str]:
     """-v behind a command, where it is looked for as often, means what it means in front of it."""
-    return sorted(words, key=lambda word: word not in {"-v", "--verbose"})
+    end = words.index("--") if "--" in words else len(words)
+    return sorted(words[:end], key=lambda word: word not in {"-v", "--verbose"}) + words[end:]
 
 
 def run(arguments: list[str]) -> int:

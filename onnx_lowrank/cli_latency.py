@@ -108,10 +108,11 @@ def forget(
     threads: ThreadsOption = None,
     disturbed: Annotated[bool, typer.Option("--disturbed", help="Only what was timed beside other work.")] = False,
 ) -> None:
-    """Remove latencies from your table: the next run that needs them measures them anew."""
+    """Remove latencies of this machine from your table, or of --device: the next run that needs them measures anew."""
     choice = Choice(device, provider, (), threads)
     with LatencyTable() as table:
-        gone = [table.forget(where, disturbed=disturbed) for where in table.circumstances() if choice.fits(where)]
+        chosen = [where for where in table.circumstances() if choice.fits(where) and (device or not _is_foreign(where))]
+        gone = [table.forget(where, disturbed=disturbed) for where in chosen]
     _say(f"{sum(gone)} latencies forgotten")
 
 

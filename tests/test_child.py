@@ -196,6 +196,19 @@ def test_what_a_failed_chain_leaves_behind_on_a_device_harms_no_other(tmp_path: 
         ]
 
 
+def test_a_process_that_failed_on_a_device_is_not_asked_again(tmp_path: Path) -> None:
+    child = started(tmp_path, POISONED)
+    feeds = [({"x": np.ones((1, 3, 8, 8), np.float32)}, 1.0)]
+    gpu = Target("cuda", threads=1)
+    good, bad = (
+        Subject(conv_model((1, 3, 8, 8), (out, 3, 3, 3)).SerializeToString(), "all", gpu, feeds) for out in (4, 5)
+    )
+    wall = Contest([bad], SHORT, Clock.WALL)
+    assert list(child.ask(wall).refused) == [0]
+    assert not child.ask(Contest([good], SHORT, Clock.WALL)).refused
+    child.close()
+
+
 def test_a_layer_it_dies_of_takes_its_chains_with_it(tmp_path: Path) -> None:
     with LatencyTable(tmp_path / "t.sqlite") as table:
         child = Child(provider(tmp_path, SEGFAULT, culprit=16))  # 16 output channels: the layer and all its chains

@@ -108,6 +108,18 @@ def test_hyperthreads_of_one_core_are_the_last_choice(tmp_path: Path) -> None:
     assert _apart([5, 4], tmp_path) == [5, 4]  # the system does not tell
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to cores")
+def test_of_many_cores_no_two_hyperthreads_are_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for core in range(64):
+        (tmp_path / f"cpu{core}/topology").mkdir(parents=True)
+        (tmp_path / f"cpu{core}/topology/thread_siblings_list").write_text(f"{core // 2 * 2}-{core // 2 * 2 + 1}")
+    bound: list[set[int]] = []
+    monkeypatch.setattr(os, "sched_setaffinity", lambda _, cores: bound.append(set(cores)))  # this machine has fewer
+    chosen = pin(16, lambda: 0.0, set(range(64)), tmp_path)
+    assert len({core // 2 for core in chosen}) == len(chosen) == 16
+    assert bound[-1] == set(chosen)
+
+
 def test_the_real_kernel_takes_about_a_millisecond_of_this_thread() -> None:
     kernel = matrix_products()
     assert 1e-5 < min(kernel() for _ in range(5)) < 0.1
@@ -172,7 +184,7 @@ def test_single_runs_are_as_long_as_the_caller_waits_whatever_the_clock() -> Non
     for clock in Clock:
         found = in_turns([Sleeper()], Until(5, 60.0, sample_s=0.004), clock)
         (timing,) = found.timings
-        assert len(timing.runs_ms) >= 2 * found.rounds if clock is Clock.CPU else found.rounds
+        assert len(timing.runs_ms) >= (2 * found.rounds if clock is Clock.CPU else found.rounds)
         assert min(timing.runs_ms) >= 2
         assert (timing.median_ms < 2) is (clock is Clock.CPU)
 

@@ -94,6 +94,12 @@ def test_a_table_of_before_is_gone_on_with(tmp_path: Path):
             assert found is not None
             assert found.disturbed is True
     assert not list(tmp_path.glob("*.unusable-*"))
+    with sqlite3.connect(path) as connection:  # a process that was killed between the two steps
+        connection.execute("PRAGMA user_version = 2")
+    with LatencyTable(path) as table:
+        assert len(table) == 2
+        assert table.path == path
+        assert table.record("a", HERE) is not None
 
 
 def test_what_was_disturbed_can_be_forgotten_alone(tmp_path: Path):
@@ -177,7 +183,9 @@ def test_nodes_that_may_run_on_the_cpu_are_other_circumstances(allowed: bool):
     assert Circumstances.here(Target(threads=1, allow_fallback=allowed)) == HERE, "there is nowhere else to run"
 
 
-@pytest.mark.parametrize("name", ["rewrite.py", "micro_model.py", "runtime.py", "latency/measure.py"])
+@pytest.mark.parametrize(
+    "name", ["rewrite.py", "micro_model.py", "runtime.py", "latency/measure.py", "latency/pieces.py"]
+)
 def test_other_sources_are_other_circumstances(tmp_path: Path, name: str):
     package = Path(circumstances.__file__).parents[1]
     copied = tmp_path / "onnx_lowrank"
@@ -274,7 +282,15 @@ def test_measurements_are_joined_round_by_round():
     assert low <= 2 < 3 <= high
     assert whole.disturbed
     assert whole.disturbed_rounds == pytest.approx(1 / 3)
-    assert joined(parts[:1]) == parts[0]
+    assert joined(parts[:1]).ratios == parts[0].ratios
+
+
+def test_a_noisy_part_that_went_on_for_longer_counts_no_more_than_the_others():
+    times = {2.24: 5, 2.4: 60, 2.26: 5}
+    parts = [in_turns([Scripted(t), Scripted(1.0)], Until(rounds, budget_s=0.0)) for t, rounds in times.items()]
+    whole = joined(parts)
+    assert whole.rounds == 15
+    assert whole.ratios[1] == pytest.approx(2.26)
 
 
 def test_what_has_to_hold_elsewhere_is_timed_by_several_processes(tmp_path: Path):

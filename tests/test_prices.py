@@ -70,6 +70,24 @@ def test_a_price_remembers_what_disturbed_it(tmp_path: Path):
             assert disturbed <= bool(seen)
 
 
+def test_chains_of_a_layer_that_was_forgotten_are_timed_anew_with_it(tmp_path: Path):
+    jobs = [Job(layer()), Job(layer(), chain(4)), Job(layer(), chain(8))]
+    own = chain_key(layer(), None, layer().sites[0])
+    with LatencyTable(tmp_path / "t.sqlite") as table:
+        first = ChainTimer(ONE, table)
+        first.price(jobs[:2])
+        held = table.record(own, first.where)
+        assert held is not None
+        table.put(first.where, replace(held, disturbed=True))
+        more = ChainTimer(ONE, table)
+        more.price(jobs)  # in another batch: the layer is there again, as the scale, and not put again
+        assert (more.timed, table.record(own, first.where)) == (1, replace(held, disturbed=True))
+        table.forget(first.where, disturbed=True)
+        again = ChainTimer(ONE, table)
+        again.price(jobs)
+        assert again.timed == 3
+
+
 def test_price_is_the_weighted_sum_over_sites(tmp_path: Path):
     with LatencyTable(tmp_path / "t.sqlite") as table:
         timer = ChainTimer(ONE, table)

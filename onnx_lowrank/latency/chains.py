@@ -128,7 +128,8 @@ class ChainTimer:
         """
         pieces = [self._pieces(job) for job in jobs]
         unique = {piece.key: piece for row in pieces for piece in row}
-        records = [r for key in unique if (r := self.table.record(key, self.where)) is not None and r.ms is not None]
+        # A chain's price is on the scale of its layer's: what is left of a layer that was forgotten is timed anew.
+        records = [record for piece in unique.values() if (record := self._held(piece)) and self._held(piece.own)]
         known: dict[str, float | None] = {record.key: record.ms for record in records}
         self._note(records)
         for batch in batches([piece for key, piece in unique.items() if key not in known]):
@@ -214,6 +215,9 @@ class ChainTimer:
         busy = found.paired.disturbed_rounds > DISTURBED_SHARE
         for piece, ratio in zip(timed, found.paired.ratios, strict=True):
             prices[piece.key] = ms = scale / ratio
+            if piece.job.chain is None and (held := self._held(piece)):  # it is as when it was timed first
+                self._note([held])
+                continue
             what = in_words(piece.job.layer, piece.job.chain, piece.site)
             record = Record(piece.key, what, ms, found.paired.rounds, disturbed=busy)
             self.table.put(self.where, record)
@@ -256,8 +260,13 @@ class ChainTimer:
         self._used |= {record.key: record.disturbed for record in records}
         self.priced, self.disturbed = len(self._used), sum(self._used.values())
 
-    def _remembered(self, piece: Piece) -> float | None:
+    def _held(self, piece: Piece) -> Record | None:
+        """What the table says of it, if it could be timed."""
         record = self.table.record(piece.key, self.where)
+        return None if record is None or record.ms is None else record
+
+    def _remembered(self, piece: Piece) -> float | None:
+        record = self._held(piece)
         return None if record is None else record.ms
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import math
 import os
 import queue
 import subprocess
@@ -75,6 +76,7 @@ class Child:
         self._process: subprocess.Popen[bytes] | None = None
         self._said: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
+        self._best = math.inf
 
     @property
     def pid(self) -> int | None:
@@ -89,10 +91,14 @@ class Child:
         """
         with self._lock:
             try:
-                return self._asked(contest)
+                found = self._asked(replace(contest, best=self._best))
             except BaseException:  # an interrupted process would go on measuring, and answer the wrong question
                 self._kill()
                 raise
+            self._best = min(self._best, found.best)  # a process that is started under a load would know no better
+            if _failed_on_device(contest, found) is not None:  # it may leave nothing usable behind
+                self._kill()
+            return found
 
     def contest(self, contest: Contest, *, divisible: bool = False) -> Finished:
         """`ask`, without the subjects that the process dies of; they are among the refused.
@@ -125,7 +131,6 @@ class Child:
             failed = _failed_on_device(part, found)
             if failed is None:
                 return Finished(found.paired, refused | {left[i]: error for i, error in found.refused.items()})
-            self.close()
             refused[left.pop(failed)] = found.refused[failed]
         return Finished(None, refused)
 

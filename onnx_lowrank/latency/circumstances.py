@@ -20,8 +20,8 @@ FALLBACK = "allow_fallback"
 
 _DECIDING = (
     *("rewrite.py", "folding.py", "micro_model.py", "runtime.py"),
-    *("latency/turns.py", "latency/measure.py", "latency/worker.py", "latency/chains.py"),
-    *("latency/blocks.py", "latency/grid.py"),
+    *("latency/turns.py", "latency/measure.py", "latency/worker.py", "latency/chains.py", "latency/pieces.py"),
+    *("latency/blocks.py", "latency/grid.py", "latency/interference.py"),
     *("latency/on_target_sessions.py", "latency/on_target.py"),
 )
 

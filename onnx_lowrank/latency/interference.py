@@ -62,6 +62,11 @@ class Moment:
         return Moment(wall, wall - time.thread_time())
 
     @staticmethod
+    def unseen() -> Moment:
+        """What others have taken is not known."""
+        return Moment(time.perf_counter(), 0.0)
+
+    @staticmethod
     def of_all_threads() -> Moment:
         """Lost is what threads of this process waited for a core; nothing where the system does not tell."""
         return Moment(time.perf_counter(), _waited_ns() / 1e9)
@@ -157,7 +162,7 @@ def pin(
     if not hasattr(os, "sched_setaffinity"):
         return ()
     speed: dict[int, float] = {}
-    for core in sorted(allowed)[: max(_MOST_CORES, threads)]:
+    for core in _apart(sorted(allowed), topology)[: max(_MOST_CORES, threads)]:
         os.sched_setaffinity(0, {core})
         start = time.perf_counter()  # waiting for a busy core counts
         for _ in range(_TRIES):

@@ -94,6 +94,7 @@ class Paired:
             seen in more than a quarter of the rounds.
         disturbed_rounds: Share of all rounds, repeated ones included, that other work was seen in.
         cores: Processor cores the measuring process was pinned to; empty where that cannot be done.
+        seen: All rounds, disturbed ones included.
     """
 
     timings: tuple[Timing, ...]
@@ -104,6 +105,7 @@ class Paired:
     disturbed: bool
     disturbed_rounds: float = 0.0
     cores: tuple[int, ...] = ()
+    seen: int = 0
 
     def ratio(self, slow: int, fast: int) -> Ratio:
         """Time of model `slow` over that of model `fast`, within the rounds."""
@@ -184,23 +186,34 @@ def in_turns(runs: Sequence[Run], until: Until, clock: Clock = Clock.WALL, witne
         if time.perf_counter() >= deadline or len(rounds) == until.most:
             break
         resting = known if until.resting and len(known) < len(runs) - 1 else set()
-    return _paired(_trusted(rounds, seen, until.rounds), waited, clock, sum(seen) / len(seen))
+    return _paired(_trusted(rounds, seen, until.rounds), waited, clock, seen)
 
 
 def joined(parts: Sequence[Paired]) -> Paired:
-    """The same models timed several times over, as one measurement: the rounds of all."""
-    table = np.hstack([np.array([timing.samples_ms for timing in part.timings]) for part in parts]).T
-    ratios = [ratio_of(column) for column in (table[:, :1] / table).T]
-    runs = ([run for part in parts for run in part.timings[model].runs_ms] for model in range(table.shape[1]))
-    seconds = zip(table.T / 1e3, ([run / 1e3 for run in one] for one in runs), strict=True)
-    return replace(
-        parts[0],
-        timings=tuple(_timing(samples, single) for samples, single in seconds),
-        ratios=tuple(ratio.value for ratio in ratios),
-        ci95=tuple((ratio.low, ratio.high) for ratio in ratios),
+    """The same models timed several times over, as one measurement in which every part counts alike.
+
+    Parts that went on for longer, as they were noisier, are thinned to the rounds of the shortest.
+    """
+    fewest = min(part.rounds for part in parts)
+    tables = [np.array([timing.samples_ms for timing in part.timings]).T for part in parts]
+    table = np.vstack([table[np.linspace(0, len(table) - 1, fewest).round().astype(int)] for table in tables])
+    ratios = (table[:, :1] / table).T
+    found = [ratio_of(column) for column in ratios]
+    runs = [[run for part in parts for run in part.timings[model].runs_ms] for model in range(table.shape[1])]
+    seen = sum(part.seen for part in parts)
+    lost = sum(part.seen * part.disturbed_rounds for part in parts) / seen
+    return Paired(
+        timings=tuple(
+            _timing(samples, [run / 1e3 for run in single]) for samples, single in zip(table.T / 1e3, runs, strict=True)
+        ),
+        ratios=tuple(ratio.value for ratio in found),
+        ci95=tuple((ratio.low, ratio.high) for ratio in found),
         rounds=len(table),
-        disturbed=any(part.disturbed for part in parts),
-        disturbed_rounds=sum(part.rounds * part.disturbed_rounds for part in parts) / len(table),
+        clock=parts[0].clock,
+        disturbed=any(map(_scatters, ratios[1:])) or lost > DISTURBED_SHARE,
+        disturbed_rounds=lost,
+        cores=tuple(sorted({core for part in parts for core in part.cores})),
+        seen=seen,
     )
 
 
@@ -226,10 +239,8 @@ def _is_known(table: NDArray[np.float64], index: int, until: Until) -> bool:
     return bool(taken >= until.rounds) and ratio_of(ratios).half_width <= until.half_width
 
 
-def _paired(
-    rounds: Sequence[Round], waited: Sequence[Sequence[float]], clock: Clock, disturbed_rounds: float
-) -> Paired:
-    table = _means(rounds)
+def _paired(rounds: Sequence[Round], waited: Sequence[Sequence[float]], clock: Clock, seen: Sequence[bool]) -> Paired:
+    table, disturbed_rounds = _means(rounds), sum(seen) / len(seen)
     ratios = table[:, :1] / table
     found = [ratio_of(column) for column in ratios.T]
     busy = any(_is_unsteady(column[~np.isnan(column)]) for column in ratios.T[1:])
@@ -241,6 +252,7 @@ def _paired(
         clock=clock,
         disturbed=busy or disturbed_rounds > DISTURBED_SHARE,
         disturbed_rounds=disturbed_rounds,
+        seen=len(seen),
     )
 
 
@@ -253,6 +265,10 @@ def _timing(samples_s: NDArray[np.float64], runs_s: Sequence[float]) -> Timing:
 
 def _is_unsteady(ratios: NDArray[np.float64]) -> bool:
     third = max(1, len(ratios) // 3)
-    low, median, high = np.quantile(ratios, (0.25, 0.5, 0.75))
     drift = abs(float(np.median(ratios[:third]) / np.median(ratios[-third:])) - 1)
-    return drift > 0.05 or float((high - low) / median) > 0.2 or ratio_of(ratios).half_width > 0.03
+    return drift > 0.05 or _scatters(ratios)
+
+
+def _scatters(ratios: NDArray[np.float64]) -> bool:
+    low, median, high = np.quantile(ratios, (0.25, 0.5, 0.75))
+    return float((high - low) / median) > 0.2 or ratio_of(ratios).half_width > 0.03

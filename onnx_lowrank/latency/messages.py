@@ -5,6 +5,7 @@ Both ends are this package, started by each other; nothing of a user's file is e
 
 from __future__ import annotations
 
+import math
 import pickle
 import struct
 from collections.abc import Mapping, Sequence
@@ -47,12 +48,14 @@ class Contest:
         until: When to stop.
         clock: What to read.
         one_by_one: Too large to be open together: each is opened for every sample.
+        best: Processor seconds of the calibration kernel on this machine undisturbed, as far as known.
     """
 
     subjects: Sequence[Subject]
     until: Until
     clock: Clock
     one_by_one: bool = False
+    best: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -75,10 +78,12 @@ class Finished:
     Args:
         paired: Of the subjects that opened, in order; None if none did.
         refused: The others, by index.
+        best: See `Contest`.
     """
 
     paired: Paired | None
     refused: Mapping[int, LowRankError]
+    best: float = math.inf
 
 
 @dataclass(frozen=True)

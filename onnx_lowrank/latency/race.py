@@ -5,6 +5,7 @@ They run in the measuring process: a model that crashes or hangs it is a `Measur
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from onnx_lowrank.latency.messages import Contest, Finished, Subject, Weighted
 from onnx_lowrank.signature import Feeds
 from onnx_lowrank.target import Target
 
+logger = logging.getLogger(__name__)
 ROUNDS, LARGE_ROUNDS = 9, 5
 # A model is timed as it is used: called again and again. Where small ones took turns run by run, each found its caches
 # taken by the others, and the same two files compared 10 % differently from process to process (3 % now).
@@ -93,6 +95,7 @@ def race_those_that_run(
         shared().close()
         again = shared().contest(replace(once, subjects=runs))
         if again.paired is None or again.refused:  # it ran once: what was measured then stands
+            logger.warning("fewer processes than usual timed this: %s", next(iter(again.refused.values())))
             break
         parts.append(again.paired)
     return Finished(joined(parts), first.refused)

@@ -38,7 +38,6 @@ _CREATE = f"""
     PRAGMA user_version = {_SCHEMA};
     COMMIT;
 """
-_ADD_DISTURBED = "ALTER TABLE latency ADD COLUMN disturbed INTEGER NOT NULL DEFAULT 0;"
 
 
 @dataclass(frozen=True)
@@ -225,7 +224,7 @@ def _connect(path: Path | str) -> sqlite3.Connection:
 def _prepare(connection: sqlite3.Connection) -> None:
     version = connection.execute("PRAGMA user_version").fetchone()[0]
     if version == 2:  # nothing was said then about what disturbed a measurement
-        connection.executescript(f"{_ADD_DISTURBED} PRAGMA user_version = {_SCHEMA};")
+        _add_disturbed(connection)
     elif version not in {0, _SCHEMA}:
         raise sqlite3.DatabaseError(f"schema {version}, expected {_SCHEMA}")
     if version == 0:
@@ -235,3 +234,12 @@ def _prepare(connection: sqlite3.Connection) -> None:
     state = connection.execute("PRAGMA quick_check").fetchone()[0]
     if state != "ok":
         raise sqlite3.DatabaseError(state)
+
+
+def _add_disturbed(connection: sqlite3.Connection) -> None:
+    """Bring a table of schema 2 to 3, unless another process has."""
+    connection.execute("BEGIN IMMEDIATE")
+    if not any(row[1] == "disturbed" for row in connection.execute("PRAGMA table_info(latency)")):
+        connection.execute("ALTER TABLE latency ADD COLUMN disturbed INTEGER NOT NULL DEFAULT 0")
+    connection.execute(f"PRAGMA user_version = {_SCHEMA}")
+    connection.execute("COMMIT")

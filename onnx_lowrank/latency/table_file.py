@@ -1,7 +1,8 @@
 """Latency tables as files: JSON, circumstances spelled out, so that what was measured there can be used here.
 
 A file holds one section per circumstances: `circumstances`, `channel_blocks` learnt under them, and `records`, one per
-chain or model, each {key, what, kind, ms, samples, reason, measured}. `on_target.py` writes the same.
+chain or model, each {key, what, kind, ms, samples, reason, measured, disturbed}. `on_target.py` writes the same but for
+`disturbed`, which it does not judge.
 """
 
 from __future__ import annotations

@@ -114,12 +114,14 @@ class Worker:
         self.say(Working(first_s=first_s))
         if not runs:
             return Finished(None, refused)
-        now = Moment.of_all_threads if waits(contest) else Moment.of_this_thread
-        witness = _Beating(self._kernel, now, self._best)
+        now = Moment.of_this_thread if not waits(contest) else Moment.of_all_threads
+        if contest.one_by_one or max(subject.target.threads for subject in contest.subjects) > len(cores):
+            now = Moment.unseen  # threads that ended do not tell, and more than there are cores wait for each other
+        witness = _Beating(self._kernel, now, min(self._best, contest.best))
         witness.beat = lambda: self.say(Working(first_s=first_s))
         paired = in_turns(runs, contest.until, contest.clock, witness)
         self._best = witness.best
-        return Finished(paired.on(cores), refused)
+        return Finished(paired.on(cores), refused, self._best)
 
     def _pinned(self, threads: int) -> tuple[int, ...]:
         """The same cores for the same number of threads, as long as this process lives."""

@@ -64,4 +64,5 @@ def _fallen_back(analysis: Analysis, path: Path, latency: Latency) -> list[str]:
     return [
         f"{part.provider} runs {part.nodes} nodes: {', '.join(f'{n} {op}' for op, n in part.operators.items())}"
         for part in parts
+        if part.provider != target.provider_name
     ]

@@ -207,9 +207,10 @@ def pursue(
         baseline = ground.baseline or ready.racer.race([ready.original, ready.normalized])
         normalized_ms, by_size = baseline.timings[1].median_ms, isinstance(settings.goal, KeepMacs | KeepParams)
         prediction = Prediction(ground.rows, normalized_ms)
-        if foretell or not by_size:
+        foretold = foretell or not by_size
+        if foretold:
             prediction = _prediction(ground.rows, normalized_ms, ready, timer)
-        if there is None:
+        if there is None and foretold:  # else how far the machine has drifted since the chains were timed is unknown
             both = [(ready.original, f"original {source.path.name}"), (ready.normalized, "normalized")]
             remember_models(ready.racer, both, baseline, prediction.drift)
         parts = (bench, prediction, baseline, ground.allocator, ready.original, ready.normalized, plan_of, error_of)
