@@ -76,7 +76,7 @@ def measure(model: Path, places: list[Place], asked: argparse.Namespace, folder:
         for place in places
     }  # fmt: skip
     return {
-        "model": model.name,
+        "model": "/".join(model.parts[-2:]),
         "goal": asked.goal,
         "calibration": next(iter(reports.values()))["calibration"],
         "threads": places[0].threads,
