@@ -21,7 +21,7 @@ from onnx_lowrank.search.racer import Contestant
 from onnx_lowrank.search.trail import Trail
 
 logger = logging.getLogger(__name__)
-ROUNDS = 5
+ROUNDS = 7
 ERROR_PROBES = 7
 ALLOCATIONS = 12
 # Aim this much beyond a speed goal: a model that lands exactly on it misses by noise half of the time.
