@@ -207,7 +207,7 @@ def _fits(source: Source, a_plan: Plan, methods: Mapping[str, Decomposition], fo
     if source.samples is None:
         raise InputError(f"a plan of kind {a_plan.fit} without its samples", "--calibration", "give the same samples")
     chosen = chosen_layers(layers(source.graph, check=False)[0], a_plan, methods)
-    target, regress = Target().for_samples(), a_plan.fit == REFIT
+    target, regress = Target(), a_plan.fit == REFIT
     samples = usable(source.samples, source.path, source.graph, target, folder)
     with Phases().phase("refit") as advance:
         return arrays(refit(source.graph, chosen, samples, target, folder, advance, regress=regress))

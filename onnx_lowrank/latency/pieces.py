@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from onnx import helper
@@ -35,12 +36,12 @@ class Piece:
     job: Job
     site: Site
 
-    @property
+    @cached_property
     def key(self) -> str:
         """What it is called in latency tables."""
         return chain_key(self.job.layer, self.job.chain, self.site)
 
-    @property
+    @cached_property
     def own(self) -> Piece:
         """The layer itself at the site."""
         return Piece(Job(self.job.layer), self.site)
