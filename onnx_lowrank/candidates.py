@@ -18,6 +18,7 @@ Cost = Literal["ms", "macs", "params"]
 # On eight models 1.1 changed no choice of any goal; the rest is left to machines with other kernels.
 FORMAT_SLACK = 1.2
 SMALLEST_SHARE = 1e-9
+ROUNDING = 1e-9  # of a budget: a sum of the same costs in another order is no excess
 # A layer of this many channel blocks or more has ranks enough among their multiples.
 WIDE = 16
 
@@ -126,11 +127,16 @@ class Problem:
 
     def fits(self, chosen: Sequence[Candidate]) -> bool:
         """Whether one choice per layer stays within the budget."""
-        return self.total(chosen) <= self.budget
+        return self.total(chosen) <= self.budget + ROUNDING * abs(self.budget)
 
     def cheapest(self) -> tuple[Candidate, ...]:
         """The choice of least cost, the best that can be had when the budget cannot be met."""
         return tuple(min(options, key=lambda c: (c.cost(self.cost), c.loss)) for options in self.layers)
+
+
+def loss_of(chosen: Sequence[Candidate]) -> float:
+    """Predicted damage of a choice."""
+    return sum(candidate.loss for candidate in chosen)
 
 
 def keep(layer: Layer) -> Candidate:

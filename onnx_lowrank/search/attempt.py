@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from onnx_lowrank.candidates import Candidate
+from onnx_lowrank.candidates import Candidate, loss_of
 from onnx_lowrank.goals import Goal, Speedup
 from onnx_lowrank.latency.measure import Paired
 from onnx_lowrank.pass_manager import PassRecord
@@ -82,11 +82,6 @@ def same(a: Sequence[Candidate], b: Sequence[Candidate]) -> bool:
 def scaled_ms(attempt: Attempt, prediction: Prediction) -> float:
     """Measured latency on the scale of the prediction: the machine's speed drifts, ratios hold."""
     return prediction.normalized_ms / attempt.timed.ratio(1, 2).value
-
-
-def loss_of(chosen: Sequence[Candidate]) -> float:
-    """Predicted damage of a choice."""
-    return sum(candidate.loss for candidate in chosen)
 
 
 def standing(goal: Goal, attempt: Attempt) -> tuple[bool, float]:

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from onnx_lowrank.allocators import Allocator
-from onnx_lowrank.candidates import Candidate
+from onnx_lowrank.candidates import Candidate, loss_of
 from onnx_lowrank.goals import Goal, KeepMacs, KeepParams, LatencyMs, Speedup
 from onnx_lowrank.latency.child import MeasuringError
 from onnx_lowrank.latency.measure import Paired
 from onnx_lowrank.plan import DATA_FREE, Plan
-from onnx_lowrank.search.attempt import Attempt, Outcome, halfway, loss_of, same, scaled_ms, standing
+from onnx_lowrank.search.attempt import Attempt, Outcome, halfway, same, scaled_ms, standing
 from onnx_lowrank.search.bench import Bench
 from onnx_lowrank.search.guard import doubtful, guarded
 from onnx_lowrank.search.prediction import NEIGHBOUR, Prediction, size_problem
