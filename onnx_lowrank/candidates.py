@@ -14,6 +14,7 @@ from onnx_lowrank.plan import KEEP
 from onnx_lowrank.spectra import Unfolding
 
 Cost = Literal["ms", "macs", "params"]
+Name = tuple[str, str, Rank]
 # Kernels differ in efficiency: a format with up to this many times the padded MACs of another may still be the faster.
 # On eight models 1.1 changed no choice of any goal; the rest is left to machines with other kernels.
 FORMAT_SLACK = 1.2
@@ -54,6 +55,11 @@ class Candidate:
     ms: float | None = None
     exact: bool = False
     probed_loss: float | None = None
+
+    @property
+    def name(self) -> Name:
+        """What tells it from all others of a table."""
+        return self.key, self.method, self.rank
 
     @property
     def loss(self) -> float:

@@ -135,7 +135,14 @@ def _network(
     choice = tuple((c.key, c.method, c.rank) for c in ground.allocator(problem) if c.chain is not None)
     if choice in built:
         return replace(built[choice], name=row.name, formats=row.formats, same_as=built[choice].name)
-    priced = priced_by_size(ground.rows, settings, ground.allocator, ground.timer, sizes, phases)
+    priced = priced_by_size(
+        ground.rows,
+        settings,
+        ground.allocator,
+        ground.timer,
+        lambda rows: replace(ground, rows=rows).totals(settings),
+        phases,
+    )
     built[choice] = _measured(row, replace(ground, rows=priced), settings, field, models, phases)
     return built[choice]
 

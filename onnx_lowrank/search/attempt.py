@@ -76,7 +76,7 @@ class Outcome:
 
 def same(a: Sequence[Candidate], b: Sequence[Candidate]) -> bool:
     """Whether two choices write the same model."""
-    return [(c.key, c.method, c.rank) for c in a] == [(c.key, c.method, c.rank) for c in b]
+    return [c.name for c in a] == [c.name for c in b]
 
 
 def scaled_ms(attempt: Attempt, prediction: Prediction) -> float:

@@ -195,7 +195,7 @@ class CalibratedTable:
 
     def _loss(self, option: Candidate, probes: Probes, number: int) -> float:
         """The loss of one candidate, remembered or measured."""
-        return self._remembered(probes, number, [option.key, option.method, option.rank], [option])
+        return self._remembered(probes, number, list(option.name), [option])
 
     def _remembered(self, probes: Probes, number: int, what: list[object], changed: Sequence[Candidate]) -> float:
         where, probed = self.calibration.target.provider, sorted(probes.probing.items())

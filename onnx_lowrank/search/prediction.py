@@ -71,8 +71,8 @@ class Prediction:
 
     def as_timed(self, chosen: Sequence[Candidate]) -> tuple[Candidate, ...]:
         """The choice with the latencies that were measured, without the correction."""
-        raw = {(o.key, o.method, o.rank): o for row in self.rows for o in row.options}
-        return tuple(raw[c.key, c.method, c.rank] for c in chosen)
+        raw = {o.name: o for row in self.rows for o in row.options}
+        return tuple(raw[c.name] for c in chosen)
 
     def _sums(self, chosen: Sequence[Candidate]) -> tuple[float, float]:
         dense = {row.layer.key: row.keep for row in self.rows}

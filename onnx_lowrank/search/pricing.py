@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -36,6 +36,7 @@ from onnx_lowrank.settings import Settings
 
 logger = logging.getLogger(__name__)
 FULL_RANK = "full_rank"
+SizesOf = Callable[[Sequence[Row]], tuple[float, float]]
 
 
 def candidates(
@@ -65,7 +66,8 @@ def candidates(
     rule = rule_for(settings, rows, calibrated, deadline)
     timer = there.pricer(level) if there else ChainTimer(settings.target, table, level)
     if by_size:
-        rows = priced_by_size(rows, settings, rule, timer, totals(settings, found, rows, source.graph), phases)
+        sizes_of = partial(totals, settings, found, graph=source.graph)
+        rows = priced_by_size(rows, settings, rule, timer, sizes_of, phases)
     else:
         with phases.phase("time chains") as advance:
             rows = price(rows, timer, advance)
@@ -73,23 +75,37 @@ def candidates(
 
 
 def priced_by_size(
-    rows: Sequence[Row], settings: Settings, rule: Allocator, timer: Pricer, sizes: tuple[float, float], phases: Phases
+    rows: Sequence[Row], settings: Settings, rule: Allocator, timer: Pricer, sizes_of: SizesOf, phases: Phases
 ) -> list[Row]:
     """The table with latencies of what a goal of size chooses, and of its neighbour: time plays no part in it.
+
+    What was chosen and cannot be timed is not left in a model: its format is taken from the layer, and the rule is
+    asked again.
 
     Args:
         rows: The table.
         settings: With a goal of size.
         rule: The rank rule.
         timer: Prices chains.
-        sizes: What `totals` says.
+        sizes_of: Says of a table what `totals` says.
         phases: Timed and shown.
     """
-    with phases.phase("search"):
-        problems = [size_problem(rows, settings.goal, *sizes, times) for times in (1.0, NEIGHBOUR)]
-        wanted = {(o.key, o.method, o.rank) for problem in problems for o in rule(problem)}
-    with phases.phase("time chains") as advance:
-        return price(rows, timer, advance, lambda o: (o.key, o.method, o.rank) in wanted)
+    while True:
+        with phases.phase("search"):
+            problems = [size_problem(rows, settings.goal, *sizes_of(rows), times) for times in (1.0, NEIGHBOUR)]
+            wanted = {o.name for problem in problems for o in rule(problem)}
+        with phases.phase("time chains") as advance:
+            timed = price(rows, timer, advance, lambda o, wanted=wanted: o.name in wanted)
+        failed = wanted - {o.name for row in timed for o in row.options}
+        if not failed:
+            return timed
+        gone = {(key, method) for key, method, _ in failed}
+        rows = [_without(row, gone) if now.factorable else now for row, now in zip(rows, timed, strict=True)]
+
+
+def _without(row: Row, gone: Collection[tuple[str, str]]) -> Row:
+    """A row without these formats of these layers."""
+    return replace(row, options=tuple(o for o in row.options if (o.key, o.method) not in gone))
 
 
 def decomposed(

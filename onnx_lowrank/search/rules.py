@@ -10,8 +10,7 @@ from functools import cache
 import numpy as np
 
 from onnx_lowrank.allocators import ALLOCATORS, Allocator
-from onnx_lowrank.candidates import Candidate, Evidence, Problem
-from onnx_lowrank.decomposition import Rank
+from onnx_lowrank.candidates import Candidate, Evidence, Name, Problem
 from onnx_lowrank.layer import Shape
 from onnx_lowrank.search.calibrated import CalibratedTable
 from onnx_lowrank.search.table import Row
@@ -46,16 +45,19 @@ def rule_for(
     measure = None if calibrated is None else calibrated.measure
     evidence = Evidence(energy, unfolding, measure, settings.evaluations, settings.seed, deadline)
     rule = ALLOCATORS[settings.allocator]
-    found: dict[tuple[str, float], list[tuple[str, str, Rank]]] = {}
+    found: dict[tuple[str, float], list[Name]] = {}
 
     def bound(problem: Problem) -> tuple[Candidate, ...]:
-        """Of size a rule is asked twice, before and after what it chooses is timed: that must be the same choice."""
+        """Of size a rule is asked twice, before and after what it chooses is timed: that must be the same choice.
+
+        Where something of it could not be timed and is gone, the rule is asked again.
+        """
         if problem.cost == "ms":
             return rule(replace(problem, evidence=evidence))
         asked = problem.cost, problem.budget
-        if asked not in found:
-            found[asked] = [(c.key, c.method, c.rank) for c in rule(replace(problem, evidence=evidence))]
-        held = {(c.key, c.method, c.rank): c for options in problem.layers for c in options}
+        held = {c.name: c for options in problem.layers for c in options}
+        if asked not in found or not held.keys() >= set(found[asked]):
+            found[asked] = [c.name for c in rule(replace(problem, evidence=evidence))]
         return tuple(held[name] for name in found[asked])
 
     return bound
