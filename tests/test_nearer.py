@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,6 +65,30 @@ def test_between_a_model_too_fast_and_one_too_slow_half_of_the_layers_are_tried(
     assert found.reached
     assert [c.key for c in found.best.chosen if c.chain is not None] == ["a", "b", "c", "f", "g"]
     assert found.best.timed.ratio(0, 2).value == pytest.approx(80 / 55)
+
+
+def test_a_rule_that_is_no_sum_is_asked_for_what_lies_between() -> None:
+    """Parts of two of its choices are none of its choices; and what it measured says which is the best."""
+    keys = "abcdefgh"
+    bench, asked = Scripted(8, dict.fromkeys(keys, 5.0)), list[float]()
+    answers = ["abcdefg", "abc", "bcdefh"]
+
+    def rule(problem: Problem) -> tuple[Candidate, ...]:
+        asked.append(problem.budget)
+        cut = answers[len(asked) - 1]
+        return tuple(options[1 if options[0].key in cut else 0] for options in problem.layers)
+
+    def damage(chosen: Sequence[Candidate]) -> float:
+        return 1.0 if any(c.key == "a" and c.chain is not None for c in chosen) else 2.0
+
+    made = loop_over(dict.fromkeys(keys, 5.0), bench, lambda _: 0.0, rule)
+    found = replace(made, additive=False).run(Speedup(1.58), 100.0, 100.0)
+    assert asked[2] == pytest.approx((45 + 65) / 2)
+    assert [c.key for c in found.best.chosen if c.chain is not None] == list("bcdefh")
+    measured = replace(made, additive=False, damage=damage)
+    asked.clear()
+    found = measured.run(Speedup(1.58), 100.0, 100.0)
+    assert [c.key for c in found.best.chosen if c.chain is not None] == list("abcdefg")
 
 
 def test_none_where_nothing_is_faster() -> None:

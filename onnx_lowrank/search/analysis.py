@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from onnx_lowrank.accuracy import evaluate, evaluate_original
-from onnx_lowrank.allocators import Allocator
+from onnx_lowrank.allocators import SEARCHING, Allocator
 from onnx_lowrank.calibration.walk import CannotCutError
-from onnx_lowrank.candidates import Candidate
+from onnx_lowrank.candidates import Candidate, loss_of
 from onnx_lowrank.errors import InputError, NonFiniteResultError
 from onnx_lowrank.goals import Goal, KeepMacs, KeepParams, MaxDrop
 from onnx_lowrank.latency.chains import Pricer
@@ -213,7 +213,10 @@ def pursue(
         if there is None and foretold:  # else how far the machine has drifted since the chains were timed is unknown
             both = [(ready.original, f"original {source.path.name}"), (ready.normalized, "normalized")]
             remember_models(ready.racer, both, baseline, prediction.drift)
-        parts = (bench, prediction, baseline, ground.allocator, ready.original, ready.normalized, plan_of, error_of)
+        damage = table.measure if table is not None and settings.allocator in SEARCHING else loss_of
+        models = (ready.original, ready.normalized)
+        parts = (bench, prediction, baseline, ground.allocator, *models, plan_of, error_of, damage)
+        parts = (*parts, settings.allocator == "knapsack")
         loop = (
             Foresight(*parts, planned_for=there.label, source=timer.source)
             if there

@@ -93,23 +93,19 @@ def standing(goal: Goal, attempt: Attempt) -> tuple[bool, float]:
     return share >= SAFE_SHARE, share
 
 
-def halfway(goal: Goal, attempts: Sequence[Attempt]) -> tuple[Candidate, ...] | None:
-    """A choice between the model that is least too fast and the one least too slow; None where there are not both.
-
-    Two choices that are predicted to take the same may be 5 % apart; between two measured ones is surer.
-    """
+def straddling(goal: Goal, attempts: Sequence[Attempt]) -> tuple[Attempt, Attempt] | None:
+    """The model that is least too fast and the one least too slow; None where there are not both."""
     fast = [attempt for attempt in attempts if standing(goal, attempt)[0]]
     slow = [attempt for attempt in attempts if not standing(goal, attempt)[0]]
     if not fast or not slow:
         return None
-    chosen = _between(
+    return (
         min(fast, key=lambda attempt: standing(goal, attempt)[1]),
         max(slow, key=lambda attempt: standing(goal, attempt)[1]),
     )
-    return None if any(same(chosen, old.chosen) for old in attempts) else chosen
 
 
-def _between(fast: Attempt, slow: Attempt) -> tuple[Candidate, ...]:
+def mixed(fast: Attempt, slow: Attempt) -> tuple[Candidate, ...]:
     """The faster choice with half of the layers that differ as in the slower one: where that spares most loss."""
     pairs = list(zip(fast.chosen, slow.chosen, strict=True))
     differing = [index for index, (a, b) in enumerate(pairs) if (a.method, a.rank) != (b.method, b.rank)]

@@ -13,7 +13,7 @@ from onnx_lowrank.goals import Goal, KeepMacs, KeepParams, LatencyMs, Speedup
 from onnx_lowrank.latency.child import MeasuringError
 from onnx_lowrank.latency.measure import Paired
 from onnx_lowrank.plan import DATA_FREE, Plan
-from onnx_lowrank.search.attempt import Attempt, Outcome, halfway, same, scaled_ms, standing
+from onnx_lowrank.search.attempt import Attempt, Outcome, mixed, same, scaled_ms, standing, straddling
 from onnx_lowrank.search.bench import Bench
 from onnx_lowrank.search.guard import doubtful, guarded
 from onnx_lowrank.search.prediction import NEIGHBOUR, Prediction, size_problem
@@ -47,6 +47,8 @@ class Loop:
         normalized: The model before factorization, likewise.
         plan_of: Makes the plan of a choice.
         error_of: Relative error of a file's outputs against the original's.
+        damage: What models that reach a goal are compared by: what the rule minimises, measured if it measures.
+        additive: Whether the rule minimises the sum of predicted losses: parts of two of its choices then make a third.
     """
 
     bench: Bench
@@ -57,6 +59,8 @@ class Loop:
     normalized: Contestant
     plan_of: Callable[[Sequence[Candidate]], Plan]
     error_of: Callable[[Path], float]
+    damage: Callable[[Sequence[Candidate]], float] = loss_of
+    additive: bool = True
 
     def run(self, goal: Goal, of_total: float, factorable: float) -> Outcome:
         """Search for the best model that reaches `goal`.
@@ -101,7 +105,7 @@ class Loop:
         prediction, attempts = self.prediction, list[Attempt]()
         wanted = self._wanted(goal, self.baseline)
         for _ in range(ROUNDS):
-            chosen = halfway(goal, attempts) or self.allocator(prediction.problem(wanted / AIM))
+            chosen = self._halfway(goal, attempts, prediction) or self.allocator(prediction.problem(wanted / AIM))
             if any(same(chosen, old.chosen) for old in attempts):
                 break
             try:
@@ -121,6 +125,21 @@ class Loop:
             prediction = prediction.learned(chosen, measured)
         return self._pick(goal, attempts)
 
+    def _halfway(self, goal: Goal, attempts: Sequence[Attempt], prediction: Prediction) -> tuple[Candidate, ...] | None:
+        """A choice between the model that is least too fast and the one least too slow; None where there is none.
+
+        Two choices that are predicted to take the same may be 5 % apart; between two measured ones is surer. Layers are
+        exchanged where the rule's choice is a sum over layers; any other rule is asked for what takes as long.
+        """
+        both = straddling(goal, attempts)
+        if both is None:
+            return None
+        if self.additive:
+            chosen = mixed(*both)
+        else:
+            chosen = self.allocator(prediction.problem(sum(prediction.ms(attempt.chosen) for attempt in both) / 2))
+        return None if any(same(chosen, old.chosen) for old in attempts) else chosen
+
     def _wanted(self, goal: Goal, race: Paired) -> float:
         """Latency the model must have, on the scale of the prediction."""
         if isinstance(goal, LatencyMs):
@@ -131,7 +150,7 @@ class Loop:
     def _pick(self, goal: Goal, attempts: Sequence[Attempt]) -> Outcome:
         reached = [attempt for attempt in attempts if standing(goal, attempt)[0]]
         if reached:
-            best = min(reached, key=lambda attempt: attempt.loss)
+            best = min(reached, key=lambda attempt: self.damage(attempt.chosen))
             best, back = self._guarded(best, lambda other: standing(goal, other)[0])
             return Outcome(best, reached=True, reason="measured", put_back=back)
         best = max(attempts, key=lambda attempt: standing(goal, attempt)[1])
