@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +12,10 @@ from builders import conv_model
 from formats import METHODS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tables import conv_layer
 
 from onnx_lowrank.candidates import Candidate
+from onnx_lowrank.comparison.compare import APPROACHES
 from onnx_lowrank.comparison.model import on_front
 from onnx_lowrank.goals import Goal, KeepMacs, KeepParams, Speedup
 from onnx_lowrank.graph.check import inferred_shapes
@@ -28,6 +32,7 @@ from onnx_lowrank.search.matched import (
     of_formats,
     share_of,
     worth_pricing,
+    worth_pricing_next,
 )
 from onnx_lowrank.search.table import Row, row_of
 
@@ -44,6 +49,12 @@ def layer() -> Layer:
 
 def row(layer: Layer, names: tuple[str, ...], goals: tuple[Goal, ...], cache: FactorizationCache) -> Row:
     return row_of(layer, [METHODS[name] for name in names], MatchedGrid.near(goals, layer.shape, 8), cache)
+
+
+def timed(row: Row, per_mac: float) -> Row:
+    """With a latency in proportion to the MACs; the layer takes 1."""
+    options = [replace(o, ms=per_mac * o.macs / row.keep.macs) for o in row.options[1:]]
+    return replace(row, options=(row.keep.timed(1.0), *options))
 
 
 @pytest.fixture
@@ -111,6 +122,38 @@ def test_a_handful_of_chains_per_format_and_budget_is_timed(layer: Layer, cache:
     assert {option.method for option in priced} == set(SPECTRAL)
     assert all(sum(option.method == name for option in priced) <= len(AROUND) for name in SPECTRAL)
     assert worth_pricing(made, [KeepMacs(0.5), KeepParams(0.5)]) == set()
+
+
+@pytest.fixture(scope="module")
+def wide() -> Row:
+    """A layer of 128 channels in three formats at every rank worth a look for speed."""
+    weight = np.random.default_rng(0).standard_normal((128, 128, 3, 3)).astype(np.float32)
+    layer = conv_layer("wide", weight[None])
+    with tempfile.TemporaryDirectory() as folder:
+        return row(layer, SPECTRAL, (Speedup(2),), FactorizationCache(1 << 30, Path(folder)))
+
+
+@pytest.mark.parametrize("name", SPECTRAL)
+@pytest.mark.parametrize("per_mac", [0.6, 0.95, 1.03, 1.3])
+@pytest.mark.parametrize("times", [1.3, 2, 3])
+def test_a_budget_of_speed_is_approached_by_a_few_candidates(
+    wide: Row, name: str, per_mac: float, times: float
+) -> None:
+    goal = Speedup(times)
+    (alone,) = of_formats([wide], [name], timed=False)
+    ms = {option.name: per_mac * option.macs / wide.keep.macs for option in alone.options}
+    known = replace(alone, options=(alone.keep.timed(1.0), *alone.options[1:]))
+    wanted = worth_pricing(known, [goal])
+    for _ in range(1 + APPROACHES):
+        options = [option.timed(ms[option.name]) if option in wanted else option for option in known.options[1:]]
+        known = replace(known, options=(known.keep, *options))
+        wanted = worth_pricing_next(known, [goal])
+    shown = best_within(known.options[1:], known.keep, goal)
+    best = best_within([option.timed(ms[option.name]) for option in alone.options[1:]], known.keep, goal)
+    assert sum(option.ms is not None for option in known.options[1:]) <= len(AROUND) + APPROACHES
+    assert shown is not None
+    assert best is not None
+    assert shown.error <= 1.02 * best.error
 
 
 @st.composite

@@ -30,13 +30,15 @@ from onnx_lowrank.providers import require_provider
 from onnx_lowrank.search.analysis import without_samples
 from onnx_lowrank.search.calibrated import CalibratedTable
 from onnx_lowrank.search.factorizations import FactorizationCache
-from onnx_lowrank.search.matched import MatchedGrid, worth_pricing
+from onnx_lowrank.search.matched import MatchedGrid, worth_pricing, worth_pricing_next
 from onnx_lowrank.search.prepare import Prepared, prepare, tuned_for
 from onnx_lowrank.search.pricing import decomposed, grids
 from onnx_lowrank.search.source import Source, source_of
 from onnx_lowrank.search.table import Row, price
 from onnx_lowrank.settings import Settings
 
+# Candidates of a format timed one after the other to come near a budget of speed, once its marks are.
+APPROACHES = 3
 DEFAULT_BUDGETS: tuple[Goal, ...] = (KeepMacs(0.5), Speedup(2))
 
 
@@ -87,7 +89,9 @@ def compare(
         timer = ChainTimer(settings.target, memory, ready.normalized.level)
         with phases.phase("time chains") as advance:
             wanted = {option for row in rows for option in worth_pricing(row, goals)}
-            rows = price(rows, timer, advance, wanted.__contains__) if wanted else rows
+            for _ in range(1 + APPROACHES):
+                rows = price(rows, timer, advance, wanted.__contains__) if wanted else rows
+                wanted = {option for row in rows for option in worth_pricing_next(row, goals)}
         layers = compared_layers(rows, goals, timer, table, phases)
         with phases.phase("baseline"):
             baseline = ready.racer.race([ready.original, ready.normalized])

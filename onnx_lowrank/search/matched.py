@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Self
 
-from onnx_lowrank.candidates import Candidate, Cost, Grid, front
+from onnx_lowrank.candidates import Candidate, Cost, Grid, front, padded_macs
 from onnx_lowrank.chain import Chain
 from onnx_lowrank.decomposition import Decomposition, Rank
 from onnx_lowrank.goals import Goal, KeepMacs, KeepParams, Speedup
@@ -120,6 +120,28 @@ def worth_pricing(row: Row, goals: Iterable[Goal]) -> set[Candidate]:
         for mine in by_method(row.options[1:]):
             best = front(mine)
             found |= {_nearest(best, mark) for mark in marks}
+    return found
+
+
+def worth_pricing_next(row: Row, goals: Iterable[Goal]) -> set[Candidate]:
+    """Of every format the untimed candidate that comes nearest, going by those timed, to each budget of speed.
+
+    Between the largest candidate within the budget and the next one beyond it time is taken to grow with the padded
+    MACs; none is left where these two are neighbours.
+    """
+    found: set[Candidate] = set()
+    for goal in (goal for goal in goals if isinstance(goal, Speedup) and row.keep.ms is not None):
+        limit = share_of(goal) * row.keep.cost("ms")
+        for mine in by_method(row.options[1:]):
+            timed = [option for option in mine if option.ms is not None]
+            inside = max((o for o in timed if o.cost("ms") <= limit), key=padded_macs, default=None)
+            size, ms = (0.0, 0.0) if inside is None else (inside.padded_macs, inside.cost("ms"))
+            larger = [o for o in timed if o.cost("ms") > limit and o.padded_macs > size]
+            beyond = min(larger, key=padded_macs, default=row.keep)
+            between = [o for o in front(mine) if o.ms is None and size < o.padded_macs < beyond.padded_macs]
+            if between:
+                slope = (beyond.padded_macs - size) / (beyond.cost("ms") - ms)
+                found.add(_nearest(between, size + slope * (limit - ms)))
     return found
 
 
