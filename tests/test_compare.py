@@ -73,6 +73,7 @@ def test_layers_keep_within_the_budget_and_their_figures_are_the_chains(found: C
             assert row.ci95[0] <= row.of_layer <= row.ci95[1]
             assert row.macs is not None
             assert row.budget != "keep-macs 0.5" or row.macs <= 0.5 * layer.macs
+            assert row.beyond == (row.budget != "keep-macs 0.5" and row.of_layer > 1 / 1.2)
 
 
 def test_networks_are_the_files_that_were_kept(found: Comparison, folder: Path) -> None:

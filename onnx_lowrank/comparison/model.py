@@ -56,6 +56,7 @@ class Contender:
         ms: Latency of the chain alone, in turns with the layer and the other contenders; None where it was not timed.
         of_layer: The same as a share of the layer's own latency: below 1 is faster.
         ci95: 95 % interval of `of_layer`.
+        beyond: Whether it is beyond a budget of speed when timed again, like the one that was to take its place.
         front: Whether no contender for this layer, and not the layer as it is, has as little error in less time.
         reason: Why there is no rank.
     """
@@ -69,6 +70,7 @@ class Contender:
     ms: float | None = None
     of_layer: float | None = None
     ci95: Interval | None = None
+    beyond: bool = False
     front: bool = False
     reason: str = ""
 

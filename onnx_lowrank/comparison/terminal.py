@@ -11,7 +11,7 @@ from rich.text import Text
 from onnx_lowrank.comparison.model import Comparison, Contender, LayerComparison, NetworkComparison
 
 NAMES_SHOWN = 3
-FRONT = "*"
+FRONT, BEYOND = "*", "!"
 COLUMNS = ("format", "rank", "error", "params", "MACs", "time", "95 % interval", "")
 
 
@@ -69,7 +69,7 @@ def _cells(row: Contender, layer: LayerComparison) -> tuple[str | Text, ...]:
         f"x{(row.macs or 0) / layer.macs:.2f}" if layer.macs else "",
         "" if row.of_layer is None else f"x{row.of_layer:.2f}",
         "" if row.ci95 is None else f"{row.ci95[0]:.2f} to {row.ci95[1]:.2f}",
-        FRONT if row.front else "",
+        (FRONT if row.front else "") + (BEYOND if row.beyond else ""),
     )
 
 
@@ -140,6 +140,8 @@ def _closing(found: Comparison) -> Iterator[Text]:
         f"{FRONT}: nothing compared has as little error in less time. Layers: chains alone, timed in turns with their "
         "layer, before any refit"
     )
+    if any(row.beyond for layer in found.layers for row in layer.contenders):
+        yield Text(f"{BEYOND}: within the budget when it was chosen, beyond it when timed again")
     yield Text(
         f"{found.data}; {found.environment['cpu']}, {found.target['threads']} thread(s), "
         f"provider {found.environment['provider']}; {sum(found.timings.values()):.0f} s"
