@@ -26,8 +26,6 @@ from onnx_lowrank.goals import KeepMacs
 from onnx_lowrank.recipe import Recipe
 from onnx_lowrank.request import settings_of
 from onnx_lowrank.search.calibrated import Probes
-from onnx_lowrank.search.rules import rule_for
-from onnx_lowrank.settings import Settings
 
 every_rule = pytest.mark.parametrize("name", sorted(SEARCHING))
 
@@ -189,25 +187,6 @@ class KilledError(Exception):
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize(("name", "given_on"), [("beam", [100.0, 100.0, 102.0]), ("knapsack", [100.3, 101.9, 102.1])])
-def test_a_search_started_again_is_given_the_same_budget_of_time(
-    name: str, given_on: list[float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What is timed again comes out a little otherwise; the budget is 0 to 1 % of the layers' time below that."""
-    seen: list[float] = []
-
-    def rule(problem: Problem) -> Choice:
-        seen.append(problem.budget)
-        return problem.cheapest()
-
-    monkeypatch.setitem(ALLOCATORS, name, rule)
-    bound = rule_for(Settings(allocator=name), [], None)
-    layers = tuple((option(i, 50, 0.0), option(i, 20, 0.5)) for i in range(4))
-    for budget in (100.3, 101.9, 102.1):
-        bound(Problem(layers, "ms", budget))
-    assert seen == given_on
-
-
 def test_a_killed_search_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(5)
     np.savez(tmp_path / "c.npz", image=rng.standard_normal((48, 3, 16, 16)).astype(np.float32))

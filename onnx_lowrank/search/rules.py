@@ -33,10 +33,19 @@ def rule_for(
     energies = {} if calibrated is None else calibrated.energies
 
     @cache
-    def energy(key: str) -> float:
-        if key in energies:
-            return energies[key]
+    def squared(key: str) -> float:
         return float(np.square(layers[key].read(), dtype=np.float64).sum())
+
+    @cache
+    def per_weight() -> float:
+        """tr(M G M^T) / ||W||^2 of the middle one of the calibrated layers."""
+        known = [energies[key] / squared(key) for key in energies if key in layers and squared(key) > 0]
+        return float(np.median(known)) if known else 1.0
+
+    @cache
+    def energy(key: str) -> float:
+        """Of outputs; where no sample reaches the layer as if its inputs were those of the middle one."""
+        return energies[key] if key in energies else per_weight() * squared(key)
 
     @cache
     def unfolding(key: str, first_axes: Shape) -> Unfolding:
