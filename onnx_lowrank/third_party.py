@@ -29,6 +29,7 @@ from onnx_lowrank.layer import Array, LayerShape
 from onnx_lowrank.passes.decompose.fitted import Fitted
 
 _SAME = ("name", "on_request", "depthwise", "whole_rows", "structure")
+_EXACT = 1e-3  # also of factors made in single precision
 _DO = "mend or remove that package, or leave it out with --passes"
 
 
@@ -185,8 +186,14 @@ class _Measured(Fitted):
         return self.checked.factors(rank)
 
     def exact(self) -> tuple[Array, ...]:
-        """What is handed out at the exact rank."""
-        return self.checked.factors(self.method.exact_rank(self.shape) or ())
+        """What is handed out at the exact rank, if that is the weight."""
+        rank = self.method.exact_rank(self.shape) or ()
+        found = self.checked.factors(rank)
+        missing = np.linalg.norm(self.weight - self.method.chain(self.shape, rank).dense(found))
+        if missing > _EXACT * np.linalg.norm(self.weight):
+            got = f"another weight from the factors at the exact rank {rank}"
+            raise self.checked.method.fault(got, "the layer's", self.shape)
+        return found
 
     def data_free(self, rank: Rank) -> tuple[Array, ...] | None:
         """What the third party's own fit started from, where it looked at the samples."""

@@ -11,6 +11,7 @@ from output_error import output_error
 from tables import conv_layer
 
 from onnx_lowrank.candidates import Grid
+from onnx_lowrank.errors import PassError
 from onnx_lowrank.layer import Array, LayerShape
 from onnx_lowrank.passes.decompose import decompositions
 from onnx_lowrank.search.factorizations import FactorizationCache
@@ -66,6 +67,22 @@ def test_a_method_that_looks_at_the_samples_is_no_worse_for_it() -> None:
     own, held = SVD.factorize(weight, gram), ThirdParty(SVD).factorize(weight, gram)
     for rank in ((1,), (4,), (9,)):
         assert held.error(rank) == pytest.approx(own.error(rank), rel=1e-6)
+
+
+def test_the_exact_rank_gives_the_weight() -> None:
+    class Wrong(Decoupling):
+        def exact_rank(self, shape: LayerShape) -> tuple[int]:
+            return (3,)
+
+    weight, gram = correlated(SHAPE)
+    exact = ThirdParty(Decoupling()).factorize(weight, gram)
+    assert (exact.error((8,)), len(exact.factors((8,)))) == (0.0, 2)
+    with pytest.raises(PassError) as caught:
+        ThirdParty(Wrong()).factorize(weight, gram).error((3,))
+    assert str(caught.value) == (
+        "got another weight from the factors at the exact rank (3,) for 8->12 3x3 in pass 'decoupling'; "
+        "expected the layer's; mend or remove that package, or leave it out with --passes"
+    )
 
 
 def test_without_samples_its_word_is_taken() -> None:
