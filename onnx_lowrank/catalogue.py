@@ -23,6 +23,7 @@ import onnx_lowrank.passes
 from onnx_lowrank.decomposition import Decomposition
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.plan import PassSpec
+from onnx_lowrank.third_party import ThirdParty, failure
 from onnx_lowrank.transform import Pass
 
 GROUP = "onnx_lowrank.passes"
@@ -89,10 +90,11 @@ def discover() -> dict[str, Rewrite]:
 
 
 def build(spec: PassSpec) -> Pass | Decomposition:
-    """The pass or decomposition `spec` asks for.
+    """The pass or decomposition `spec` asks for; what a third party decomposes by is checked (`third_party`).
 
     Raises:
-        InputError: for an unknown name or option, or a value that does not fit the option's type.
+        InputError: for an unknown name or option, or a value that the option does not take.
+        PassError: if a third party's code fails.
     """
     known = discover()
     found = known.get(spec.name)
@@ -112,7 +114,15 @@ def build(spec: PassSpec) -> Pass | Decomposition:
         except ValueError as error:
             got = f"{name}={value} for pass {spec.name!r}"
             raise InputError(got, _words(hint), "give another value") from error
-    return found(**values)
+    try:
+        made = found(**values)
+    except ValueError as error:
+        got = ", ".join(f"{name}={value}" for name, value in spec.options.items()) or "its defaults"
+        raise InputError(f"{got} for pass {spec.name!r} ({error})", "options it takes", "give other values") from error
+    except Exception as error:
+        raise failure(spec.name, error, found.__module__) from error
+    own = found.__module__.partition(".")[0] == __name__.partition(".")[0]
+    return made if own or isinstance(made, Pass) else ThirdParty(made)
 
 
 def options_of(rewrite: Rewrite) -> tuple[Field[Any], ...]:

@@ -69,7 +69,7 @@ from onnx_lowrank.display import catalogue_table, phases_on, plan_table
 from onnx_lowrank.divergence import first_divergence
 from onnx_lowrank.doctor import diagnose
 from onnx_lowrank.doctor import render as render_findings
-from onnx_lowrank.errors import GoalNotReachedError, InputError, LowRankError
+from onnx_lowrank.errors import GoalNotReachedError, InputError, LowRankError, PassError
 from onnx_lowrank.graph import io
 from onnx_lowrank.plan import Plan
 from onnx_lowrank.profile import profile as profile_models
@@ -428,6 +428,8 @@ def run(arguments: list[str]) -> int:
     try:
         code = int(app(_verbose_first(arguments), standalone_mode=False) or 0)
     except LowRankError as error:
+        if isinstance(error, PassError) and error.__cause__ is not None:
+            logging.getLogger(__name__).info("what went wrong", exc_info=error.__cause__)
         _complain(str(error))
         return error.exit_code
     except _USAGE_ERROR as error:

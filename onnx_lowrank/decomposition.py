@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import ClassVar
 
 from onnx_lowrank.chain import Chain
@@ -58,7 +59,8 @@ class Decomposition(ABC):
         on_request: Why the format is tried only where the user names it; empty: it is tried by default.
         depthwise: Whether there are depthwise stages between the ranks' channels. Kernels take these fast in whole
             channel blocks only, so `ranks` is given the machine's block even where time does not count.
-        by_rank: Whether every rank is a fit of its own, made when it is first asked for: asking has a price then.
+        by_rank: Whether every rank is a fit of its own, made when it is first asked for: asking has a price then. Third
+            parties' are all taken for such, see `third_party`.
         whole_rows: Whether the first stage reads all inputs at once, kernel included: then the chain can be calibrated
             in the row space of its weight, see `row_space`.
         structure: How many leading entries of a rank say how the weight is arranged, not how much of it is kept;
@@ -71,6 +73,11 @@ class Decomposition(ABC):
     by_rank: ClassVar[bool] = False
     whole_rows: ClassVar[bool] = False
     structure: ClassVar[int] = 0
+
+    @property
+    def options(self) -> dict[str, object]:
+        """Fields of its dataclass by name."""
+        return asdict(self)  # pyright: ignore[reportArgumentType] - decompositions are dataclasses
 
     @abstractmethod
     def refusal(self, shape: LayerShape) -> str | None:
@@ -92,7 +99,7 @@ class Decomposition(ABC):
             weight: The weight.
             gram: Second moment E[c c^T] of the layer's unfolded input, (groups, n, n) with n = in * prod(kernel) in the
                 weight's own order; positive semidefinite. With it the output error is minimised instead of the
-                weight's. A method may ignore it: its chains are then calibrated by the refit alone.
+                weight's. A third party's method may ignore it, see `third_party`.
             most: No rank above this one, entry by entry, will be asked for; None: any may be. A method may ignore it.
         """
 

@@ -16,7 +16,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from plugins import install
 
+from onnx_lowrank.catalogue import discover
 from onnx_lowrank.latency.table import CACHE_VARIABLE
 from onnx_lowrank.search.racer import Racer
 
@@ -35,3 +37,12 @@ def quick(latencies: Path) -> Iterator[None]:
         patch.setattr("onnx_lowrank.search.prepare.Racer", partial(Racer, seconds=0.3))
         patch.setattr("onnx_lowrank.latency.race.SITTINGS", 1)
         yield
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Source file of a third party's package with an entry point, empty as yet."""
+    monkeypatch.syspath_prepend(tmp_path)
+    discover.cache_clear()
+    yield install(tmp_path)
+    discover.cache_clear()

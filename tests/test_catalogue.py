@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from plugins import announce
 
 from onnx_lowrank import catalogue
 from onnx_lowrank.catalogue import build, discover, split
@@ -81,26 +81,11 @@ class ThirdParty(RemoveIdentity):
 """
 
 
-def announce(source: Path, attribute: str = "") -> None:
-    """Write the entry point: the module, or what is in it."""
-    info = source.with_name(f"{source.stem}-1.0.dist-info")
-    (info / "entry_points.txt").write_text(f"[{catalogue.GROUP}]\nmine = {source.stem}{attribute}\n")
-
-
 @pytest.fixture
-def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Source file of an installed third-party package with an entry point."""
-    module = f"lowrank_plugin_{tmp_path.name}"
-    info = tmp_path / f"{module}-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
-    source = tmp_path / f"{module}.py"
-    source.write_text(PLUGIN)
-    announce(source)
-    monkeypatch.syspath_prepend(tmp_path)
-    discover.cache_clear()
-    yield source
-    discover.cache_clear()
+def plugin(installed: Path) -> Path:
+    """Source file of a third party's package with a graph pass."""
+    installed.write_text(PLUGIN)
+    return installed
 
 
 @pytest.mark.usefixtures("plugin")

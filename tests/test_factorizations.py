@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import pickle
 import resource
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 from builders import product_model
 
-from onnx_lowrank.decomposition import Decomposition
+from onnx_lowrank.decomposition import Decomposition, Factorization, Rank
 from onnx_lowrank.graph.layers import layers
 from onnx_lowrank.graph.model import Graph
-from onnx_lowrank.layer import Layer, LayerShape
+from onnx_lowrank.layer import Array, Layer, LayerShape
 from onnx_lowrank.passes.decompose import decompositions
+from onnx_lowrank.passes.decompose.svd import Svd
 from onnx_lowrank.plan import Choice, Plan
 from onnx_lowrank.search.bench import Bench
 from onnx_lowrank.search.factorizations import FactorizationCache, array_bytes
@@ -72,6 +74,24 @@ def test_on_a_full_disk_they_are_forgotten(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(cache) == [(found[1].key, "svd")]
+    assert not list(tmp_path.iterdir())
+
+
+@dataclass(frozen=True)
+class WithRule(Svd):
+    """Its factorizations hold what cannot be pickled."""
+
+    def factorize(self, weight: Array, gram: Array | None = None, *, most: Rank | None = None) -> Factorization:
+        made = super().factorize(weight, gram, most=most)
+        vars(made)["rule"] = lambda rank: rank
+        return made
+
+
+def test_what_cannot_be_pickled_stays_in_memory(tmp_path: Path) -> None:
+    cache = FactorizationCache(0, tmp_path)
+    made = [cache.make(layer, WithRule()) for layer in some_layers()]
+    assert [cache[key] for key in [*cache][1:]] == made[:-1]
+    assert len(cache) == len(made)
     assert not list(tmp_path.iterdir())
 
 

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from onnx_lowrank.accuracy import evaluate, evaluate_original
@@ -245,7 +245,7 @@ def _plan(source: Source, ready: Prepared, chosen: Sequence[Candidate], fit: str
     graph_passes = [PassSpec(record.name, record.options) for record in ready.records]
     used = {c.method for c in chosen}
     methods = ready.methods.values()
-    optional = [PassSpec(m.name, asdict(m)) for m in methods if m.name in used and asdict(m)]  # pyright: ignore[reportArgumentType] - decompositions are dataclasses
+    optional = [PassSpec(m.name, m.options) for m in methods if m.name in used and m.options]
     data = source.data.sha256 if source.data else None
     limit = MEMORY_LIMIT if source.samples is None else source.samples.memory_limit
     passes = (*graph_passes, *optional)

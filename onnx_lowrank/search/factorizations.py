@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import pickle
 import shutil
 import threading
 from collections import OrderedDict
@@ -27,14 +28,14 @@ class FactorizationCache(Mapping[Key, Factorization]):
 
     Together they take several times the model. The least recently used ones beyond `limit_bytes` are written to
     `folder`, a private one that its owner removes, while half of the disk space free at first remains; after that they
-    are forgotten, and made again when a plan needs them.
+    are forgotten, and made again when a plan needs them. What cannot be pickled stays in memory.
     """
 
     def __init__(self, limit_bytes: int, folder: Path) -> None:
         self.limit_bytes, self.folder = limit_bytes, folder
         self._reserve = shutil.disk_usage(folder).free // 2
         self._held: OrderedDict[Key, tuple[Factorization, int]] = OrderedDict()
-        self._spilled: dict[Key, Path] = {}
+        self._spilled: dict[Key, Path | Factorization] = {}
         self._calibrated: set[Key] = set()
         self._numbers = itertools.count()
         self._lock = threading.Lock()
@@ -45,8 +46,8 @@ class FactorizationCache(Mapping[Key, Factorization]):
             if key in self._held:
                 self._held.move_to_end(key)
                 return self._held[key][0]
-            path = self._spilled[key]
-        return joblib.load(path)
+            found = self._spilled[key]
+        return joblib.load(found) if isinstance(found, Path) else found
 
     def __iter__(self) -> Iterator[Key]:
         """Keys of what is held or spilled."""
@@ -92,8 +93,13 @@ class FactorizationCache(Mapping[Key, Factorization]):
         path = self.folder / f"factorization{next(self._numbers)}"
         if key not in self._calibrated and shutil.disk_usage(self.folder).free < self._reserve:
             return
+        kept: Path | Factorization = path
         try:
             joblib.dump(factorization, path)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            logger.info("%s of %s stays in memory (%s)", key[1], key[0], error)
+            path.unlink(missing_ok=True)
+            kept = factorization
         except OSError as error:
             if key in self._calibrated:
                 raise
@@ -101,7 +107,7 @@ class FactorizationCache(Mapping[Key, Factorization]):
             path.unlink(missing_ok=True)
             return
         with self._lock:
-            self._spilled[key] = path
+            self._spilled[key] = kept
 
 
 def array_bytes(holder: object) -> int:

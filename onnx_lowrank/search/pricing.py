@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -148,7 +148,7 @@ def _calibration(
     source: Source, ready: Prepared, settings: Settings, samples: Samples, folder: Path, memory: LatencyTable
 ) -> Calibration:
     """Samples and conditions; networks run on all cores, in exact arithmetic."""
-    methods = [(name, asdict(method)) for name, method in ready.methods.items()]  # pyright: ignore[reportArgumentType] - decompositions are dataclasses
+    methods = [(name, method.options) for name, method in ready.methods.items()]
     passes = [(record.name, record.options) for record in ready.records]
     target = settings.target.for_samples()
     samples = usable(samples, source.path, source.graph, target, folder)

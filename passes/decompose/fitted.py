@@ -5,8 +5,8 @@ compute. Calibrated, the data-free fit gives T, A is the least-squares solution 
 
     A (T G T^T) = M G T^T,
 
-and one sweep over all stages follows (`multilinear.refine`), which only lowers the error. Where the outputs are a
-product of modes that several stages hold, there is the sweep alone.
+and one sweep over all stages follows (`multilinear.refine`), which only lowers the error. Where several stages hold the
+outputs, or the last one some of the inputs, there is the sweep alone.
 
 Errors never rise with the rank: a rank gets the best fit of those at or below it, padded with zeros. Those are all that
 were asked for so far, or the ones the format names (`lower`): what a rank gets depends on nothing else then.
@@ -94,7 +94,7 @@ class Fitted(Factorization):
         at = self._answer(rank)[1]
         return _padded(self.method.chain(self.shape, at), self._fits[at].factors, self.method.chain(self.shape, rank))
 
-    def data_free(self, rank: Rank) -> tuple[Array, ...]:
+    def data_free(self, rank: Rank) -> tuple[Array, ...] | None:
         """What the factors at `rank` were before the second moment was looked at."""
         at = self._answer(rank)[1]
         return _padded(self.method.chain(self.shape, at), self._start(at), self.method.chain(self.shape, rank))
@@ -143,11 +143,12 @@ class Fitted(Factorization):
         return _Fit(factors, error if lowest or self.usable(rank, factors) else math.inf)
 
     def _solved(self, chain: Chain, factors: tuple[Array, ...], gram: Array) -> tuple[Array, ...]:
-        """The factors with the last one solved for, where it alone holds the outputs."""
-        group, out, *_ = chain.axes
-        if len(out) > 1:
-            return factors
+        """The factors with the last one solved for, where it alone holds the outputs and none of the inputs."""
+        group, out, *kept = chain.axes
         subscripts, result = chain.letters
+        alone = len(out) == 1 and out in subscripts[-1] and not any(out in letters for letters in subscripts[:-1])
+        if not alone or set("".join(kept)) & set(subscripts[-1]):
+            return factors
         features = subscripts[-1].replace(group, "").replace(out, "")
         terms = list(zip(subscripts[:-1], chain.apart(factors)[:-1], strict=True))
         rows = contract(terms, group + features + result[2:], chain.sizes).reshape(len(gram), -1, gram.shape[1])
