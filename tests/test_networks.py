@@ -16,7 +16,7 @@ from tensorly.random import random_tr, random_tt_matrix
 from onnx_lowrank.decomposition import Rank
 from onnx_lowrank.graph.layers import layers
 from onnx_lowrank.graph.model import Graph
-from onnx_lowrank.layer import Array, LayerShape
+from onnx_lowrank.layer import Array, LayerShape, Shape
 from onnx_lowrank.multilinear import refine
 from onnx_lowrank.passes.decompose import decompositions
 from onnx_lowrank.passes.decompose.network import NetworkFormat
@@ -113,6 +113,16 @@ def test_zero_weights_cost_nothing(method: NetworkFormat) -> None:
     made, rank = method.factorize(np.zeros(shape.weight)), method.ranks(shape, 1)[0]
     assert (made.error(rank), made.spectral_error(rank)) == (0.0, 0.0)
     assert all(np.isfinite(factor).all() for factor in made.factors(rank))
+
+
+@pytest.mark.parametrize("name", ["tt_matrix", "hierarchical_tucker"])
+@pytest.mark.parametrize("kernel", [(1,), (1, 1, 1)])
+def test_pointwise_convolutions_are_calibrated_as_matrices_are(name: str, kernel: Shape) -> None:
+    method, matrix = METHODS[name], LayerShape(1, 128, 64)
+    weight, gram = weight_of(matrix), moment(matrix, 1e2)
+    made = method.factorize(weight, gram), method.factorize(weight.reshape(*matrix.weight, *kernel), gram)
+    for rank in ((3, 4), (4, 3)):
+        assert made[1].error(rank) == pytest.approx(made[0].error(rank), rel=1e-6)
 
 
 EXACT: list[tuple[str, LayerShape, Rank]] = [
