@@ -30,7 +30,7 @@ from onnx_lowrank.chain import Chain
 from onnx_lowrank.decomposition import Factorization, Rank
 from onnx_lowrank.layer import Array, LayerShape, Shape
 from onnx_lowrank.linalg import Spectrum, singular_values, spectrum, tail
-from onnx_lowrank.passes.decompose.network import ON_REQUEST, Algorithm, Link, NetworkFormat, network
+from onnx_lowrank.passes.decompose.network import NO_GROUPS, ON_REQUEST, Algorithm, Link, NetworkFormat, network
 from onnx_lowrank.passes.decompose.whitened import usable
 
 _WORK = 8e10  # multiply-accumulates of the Gram matrices of one layer: all shapes of 256->256 3x3
@@ -142,7 +142,7 @@ class Kronecker(NetworkFormat):
     def refusal(self, shape: LayerShape) -> str | None:
         """Refuse groups, and layers whose channels cannot be cut."""
         if shape.groups > 1:
-            return f"{shape} has groups: their channels cannot be cut into blocks any further"
+            return f"{shape} has groups: {NO_GROUPS}"
         if not _splits(shape):
             return f"{shape} has prime numbers of channels: every Kronecker product of that shape is an svd"
         return None
