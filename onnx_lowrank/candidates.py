@@ -9,7 +9,7 @@ from typing import Literal
 
 from onnx_lowrank.chain import Chain
 from onnx_lowrank.decomposition import Decomposition, Factorization, Rank
-from onnx_lowrank.layer import Layer, LayerShape, Shape
+from onnx_lowrank.layer import Array, Layer, LayerShape, Shape
 from onnx_lowrank.plan import KEEP
 from onnx_lowrank.spectra import Unfolding
 
@@ -161,24 +161,26 @@ class Grid:
         block: Channel counts are rounded up to multiples of it, as kernels with blocked layouts do; 1 where time does
             not count.
         per_method: Candidates kept of each method.
+        cost: What the ranks are to be few for; "ms" is told by multiply-accumulates.
     """
 
     step: int
     depthwise_step: int
     block: int = 1
     per_method: int = 12
+    cost: Cost = "ms"
 
     def ranks(self, method: Decomposition, shape: LayerShape) -> Sequence[Rank]:
         """The ranks of a method that are looked at."""
         return method.ranks(shape, self.depthwise_step if method.depthwise else self.step)
 
-    def fitted(self, layer: Layer, method: Decomposition, ranks: Sequence[Rank]) -> Sequence[Rank]:  # noqa: ARG002 - for grids that know which ranks are wanted
+    def fitted(self, layer: Layer, method: Decomposition, ranks: Sequence[Rank], weight: Array) -> Sequence[Rank]:
         """Which of them are, where every rank is a fit of its own."""
-        return ranks
+        return method.promising(weight, shares(layer, method, ranks, self.cost))
 
     def worth_timing(self, options: Sequence[Candidate]) -> list[Candidate]:
         """The candidates that may be the best choice at some budget."""
-        return worth_timing(options, self.per_method)
+        return worth_timing(options, self.per_method, weights if self.cost == "params" else padded_macs)
 
     @staticmethod
     def of_machine(block: int) -> Grid:
@@ -186,13 +188,13 @@ class Grid:
         return Grid(block, block, block)
 
     @staticmethod
-    def of_size(shape: LayerShape, block: int) -> Grid:
+    def of_size(shape: LayerShape, block: int, cost: Cost = "macs") -> Grid:
         """Ranks for goals of size, where every one counts for itself.
 
         Wide layers have multiples of the block enough, and lose no time by them; of narrow ones about 32 ranks.
         """
         side = min(shape.out, shape.in_)
-        return Grid(block if side >= WIDE * block else max(1, side // 32), block, 1, 32)
+        return Grid(block if side >= WIDE * block else max(1, side // 32), block, 1, 32, cost)
 
 
 def candidate(layer: Layer, method: Decomposition, factorization: Factorization, rank: Rank, block: int) -> Candidate:
@@ -217,6 +219,19 @@ def padded_macs(option: Candidate) -> float:
     return option.padded_macs
 
 
+def weights(option: Candidate) -> float:
+    """What goals of weights limit."""
+    return float(option.params)
+
+
+def shares(layer: Layer, method: Decomposition, ranks: Sequence[Rank], cost: Cost) -> dict[Rank, float]:
+    """What every rank takes of what the layer does: weights, or multiply-accumulates."""
+    chains = {rank: method.chain(layer.shape, rank) for rank in ranks}
+    if cost == "params":
+        return {rank: chain.params / layer.shape.params for rank, chain in chains.items()}
+    return {rank: chain.macs(layer) / layer.macs for rank, chain in chains.items()}
+
+
 def front(options: Sequence[Candidate], cost: Callable[[Candidate], float] = padded_macs) -> list[Candidate]:
     """Candidates that no other beats on both error and cost, cheapest first."""
     best: list[Candidate] = []
@@ -226,30 +241,32 @@ def front(options: Sequence[Candidate], cost: Callable[[Candidate], float] = pad
     return best
 
 
-def worth_timing(options: Sequence[Candidate], per_method: int = 12) -> list[Candidate]:
+def worth_timing(
+    options: Sequence[Candidate], per_method: int = 12, cost: Callable[[Candidate], float] = padded_macs
+) -> list[Candidate]:
     """Thin the candidates of one layer to those that may be the best choice at some budget.
 
-    Per method: its front of (error, padded MACs), thinned to `per_method` ranks evenly spaced in the logarithm of the
-    cost. Across methods: dropped where another has no more error at less than 1 / `FORMAT_SLACK` of the padded MACs.
+    Per method: its front of (error, cost), thinned to `per_method` ranks evenly spaced in the logarithm of the cost.
+    Across methods: dropped where another has no more error at less than 1 / `FORMAT_SLACK` of the cost.
     """
-    overall = front(options)
+    overall = front(options, cost)
     kept: list[Candidate] = []
     for method in dict.fromkeys(option.method for option in options):
-        mine = front([option for option in options if option.method == method])
-        rivals = [c for c in mine if not any(_beaten(c, other) for other in overall)]
-        kept.extend(_spread(rivals, per_method))
+        mine = front([option for option in options if option.method == method], cost)
+        rivals = [c for c in mine if not any(_beaten(c, other, cost) for other in overall)]
+        kept.extend(_spread(rivals, per_method, cost))
     return kept
 
 
-def _beaten(option: Candidate, other: Candidate) -> bool:
-    return other.error <= option.error and other.padded_macs * FORMAT_SLACK < option.padded_macs
+def _beaten(option: Candidate, other: Candidate, cost: Callable[[Candidate], float]) -> bool:
+    return other.error <= option.error and cost(other) * FORMAT_SLACK < cost(option)
 
 
-def _spread(options: Sequence[Candidate], count: int) -> list[Candidate]:
+def _spread(options: Sequence[Candidate], count: int, cost: Callable[[Candidate], float]) -> list[Candidate]:
     """At most `count` of the options, cheapest first, evenly spaced in the logarithm of the cost; ends included."""
     if len(options) <= count:
         return list(options)
-    low, high = options[0].padded_macs, options[-1].padded_macs
+    low, high = cost(options[0]), cost(options[-1])
     marks = [low * (high / low) ** (i / (count - 1)) for i in range(count)]
-    picked = {min(range(len(options)), key=lambda i: abs(options[i].padded_macs - mark)) for mark in marks}
+    picked = {min(range(len(options)), key=lambda i: abs(cost(options[i]) - mark)) for mark in marks}
     return [options[i] for i in sorted(picked)]

@@ -96,6 +96,11 @@ def _apart(terms: Sequence[Term], letter: str, inputs: str) -> list[list[Term]]:
 
 
 def unused(letters: Iterable[str]) -> Iterator[str]:
-    """Letters for einsum that are not among `letters`."""
-    taken = set(letters)
-    return (letter for letter in string.ascii_letters if letter not in taken)
+    """Letters for einsum that are not among `letters`.
+
+    Raises:
+        ValueError: once all of them were given.
+    """
+    taken, every = set(letters), string.ascii_letters
+    yield from (letter for letter in every if letter not in taken)
+    raise ValueError(f"got an einsum with more axes than there are letters; expected at most {len(every)}")

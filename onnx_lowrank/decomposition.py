@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import ClassVar
 
@@ -106,6 +106,17 @@ class Decomposition(ABC):
     @abstractmethod
     def exact_rank(self, shape: LayerShape) -> Rank | None:
         """The rank at which any weight of this shape is reproduced, or None if the format cannot."""
+
+    def promising(self, weight: Array, shares: Mapping[Rank, float]) -> Sequence[Rank]:  # noqa: ARG002 - for formats with more ranks than can be fitted
+        """Of a format that fits every rank by itself, the ranks that may be the best for a weight at some budget.
+
+        Here all of them: telling takes their errors.
+
+        Args:
+            weight: Canonical, (groups, out, in, *kernel).
+            shares: What every rank worth pricing takes of what the layer takes: of its weights, or of its work.
+        """
+        return list(shares)
 
     def misfit(self, shape: LayerShape, rank: Rank) -> str | None:
         """Which ranks the layer can have, where `rank` is none of them, else None: here, up to the exact rank."""

@@ -119,10 +119,18 @@ class _Nodes:
 
     def sizes(self, x: str, start: int, end: int = _END) -> str:
         """Part of the shape of a tensor."""
-        shape = self.add("Shape", x)
+        return self.part(self.add("Shape", x), start, end)
+
+    def part(self, vector: str, start: int, end: int = _END) -> str:
+        """Some entries of a vector, as Python slices."""
         if self.form.opset < 10:
-            return self.add("Slice", shape, axes=[0], starts=[start], ends=[end])
-        return self.add("Slice", shape, *(self.constant([value]) for value in (start, end, 0)))
+            return self.add("Slice", vector, axes=[0], starts=[start], ends=[end])
+        return self.add("Slice", vector, *(self.constant([value]) for value in (start, end, 0)))
+
+    def columns(self, x: str) -> tuple[str, str]:
+        """Size of the last axis of what W x multiplies: nothing and 1 of a vector, which has no such axis."""
+        present = self.part(self.sizes(x, 1), -1)
+        return present, self.part(self.add("Concat", present, self.constant([1]), axis=0), 0, 1)
 
     def shaped(self, x: str, *parts: str | int) -> str:
         """The tensor reshaped to parts of shapes and numbers side by side."""
@@ -154,7 +162,7 @@ def _products(nodes: _Nodes, chain: Chain, x: str, bias: str | None, weights: Se
     if form.op == "Gemm" and form.transposed_input != (form.side == "left"):
         x = nodes.add("Transpose", x, perm=[1, 0])
     elif form.op == "MatMul" and form.side == "left":
-        width = nodes.sizes(source, -1)
+        _, width = nodes.columns(source)
         first = chain.stages[0]
         x = nodes.shaped(x, -1, first.in_ * first.copies, width)
         x = nodes.add("Transpose", x, perm=[0, 2, 1])
@@ -185,9 +193,9 @@ def _restored(nodes: _Nodes, source: str, x: str, out: int) -> None:
     if form.side == "right":
         x = nodes.shaped(x, nodes.sizes(source, 0, -1), out)
     else:
-        width = nodes.sizes(source, -1)
+        present, width = nodes.columns(source)
         x = nodes.add("Transpose", nodes.shaped(x, -1, width, out), perm=[0, 2, 1])
-        x = nodes.shaped(x, nodes.sizes(source, 0, -2), out, width)
+        x = nodes.shaped(x, nodes.sizes(source, 0, -2), out, present)
     if form.batch:
         nodes.add("Mul", x, nodes.constant(np.ones((*form.batch, 1, 1)), form.elem_type))
 

@@ -107,7 +107,7 @@ class _Group:
         sizes: dict[str, int] = {}
         for letters, factor in zip(subscripts, factors, strict=True):
             sizes.update(zip(letters, factor.shape, strict=True))
-        self.out, self.sizes = out, sizes
+        self.out, self.sizes = out, {x: n for x, n in sizes.items() if n > 1 or x in out}
         self.subscripts = [self._long(letters) for letters in subscripts]
         shapes = [[sizes[x] for x in letters] for letters in self.subscripts]
         self.factors: list[Array] = [factor.reshape(shape) for factor, shape in zip(factors, shapes, strict=True)]
@@ -116,7 +116,7 @@ class _Group:
         self.positions = "".join(x for x in kept if x in last and x not in earlier)
         self.inputs = "".join(x for x in kept if x not in self.positions)
         self.closed = len(out) == 1 and out in last and out not in earlier
-        index = np.arange(len(gram)).reshape([sizes[x] for x in kept])
+        index = np.arange(len(gram)).reshape([self.sizes[x] for x in kept])
         order = index.transpose([kept.index(x) for x in self.positions + self.inputs]).ravel()
         self.weight = weight.reshape(len(weight), -1)[:, order].astype(dtype)
         self.gram = gram.astype(dtype, copy=False)
@@ -124,7 +124,7 @@ class _Group:
             self.gram = self.gram[np.ix_(order, order)]
 
     def _long(self, letters: str) -> str:
-        return "".join(letter for letter in letters if self.sizes[letter] > 1 or letter in self.out)
+        return "".join(letter for letter in letters if letter in self.sizes)
 
     def solved(self, sweeps: int, iterations: int) -> list[Array] | None:
         """The factors after at most `sweeps` sweeps, or None if that gained nothing."""

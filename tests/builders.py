@@ -62,7 +62,7 @@ def conv_model(
 
 def product_model(
     op: str,
-    x: Sequence[int],
+    x: Sequence[int | str],
     weight: Sequence[int],
     *,
     left: bool = False,

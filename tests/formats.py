@@ -12,7 +12,7 @@ from onnx_lowrank.passes.decompose.cp import Cp, CpSpatial
 from onnx_lowrank.passes.decompose.network import NetworkFormat
 
 _QUICK = (Cp(restarts=0, sweeps=6), CpSpatial(restarts=0, sweeps=6), BlockTerm(restarts=0, sweeps=6))
-# Tensor networks have a suite of their own (test_networks): no one rank is exact for all ways to cut their channels.
+# Tensor networks are told apart: no one rank is exact for all ways to cut their channels. EVERY has them, too.
 _ALL = {name: method for name, method in decompositions().items() if not isinstance(method, NetworkFormat)}
 METHODS = _ALL | {method.name: method for method in _QUICK}
 EVERY = decompositions() | METHODS

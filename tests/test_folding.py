@@ -124,6 +124,8 @@ PRODUCTS = {
     "MatMul of four axes": ("MatMul", ["a", "b", "c", 20], [(2, 3, 2, 20)], {}),
     "MatMul left": ("MatMul", ["a", 20, "b"], [(2, 20, 5), (1, 20, 3)], {"left": True}),
     "MatMul left of a matrix": ("MatMul", [20, "b"], [(20, 5)], {"left": True}),
+    "MatMul left of a vector": ("MatMul", [20], [(20,)], {"left": True}),
+    "MatMul left of four axes": ("MatMul", ["a", "b", 20, "c"], [(2, 3, 20, 4)], {"left": True}),
     "MatMul stack of one": ("MatMul", ["a", 20], [(3, 20)], {"stack": True}),
     "Gemm": ("Gemm", ["a", 20], [(3, 20), (1, 20)], {}),
     "Gemm with C": ("Gemm", ["a", 20], [(3, 20)], {"bias": (12,)}),

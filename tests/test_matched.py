@@ -93,7 +93,7 @@ def test_of_fits_by_rank_only_those_near_the_budgets_are_made(
     assert 0 < len(made.options) - 1 <= min(at_most, len(every))
     grid = MatchedGrid.near(GOALS, layer.shape, 8)
     fine = grid.ranks(METHODS[name], layer.shape)
-    fitted = grid.fitted(layer, METHODS[name], fine)
+    fitted = grid.fitted(layer, METHODS[name], fine, layer.read())
     sizes = {rank: METHODS[name].chain(layer.shape, rank).macs(layer) for rank in fine}
     tightest = max((r for r in fine if sizes[r] <= 0.5 * layer.macs), key=lambda r: sizes[r])
     assert tightest in fitted

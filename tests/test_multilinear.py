@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import string
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from output_error import output_error
 
 from onnx_lowrank.chain import Chain, Stage
-from onnx_lowrank.contraction import second_moment
+from onnx_lowrank.contraction import second_moment, unused
 from onnx_lowrank.decomposition import Rank
 from onnx_lowrank.layer import Array, LayerShape
 from onnx_lowrank.multilinear import refine
@@ -237,3 +238,10 @@ def test_output_error() -> None:
     assert output_error(weight, np.array([[[3.0, 0.0]]]), gram) == pytest.approx(2 / math.sqrt(13))
     assert output_error(weight, 0 * weight, gram) == 1
     assert output_error(weight, 0 * weight, 0 * gram) == 0
+
+
+def test_letters_that_run_out() -> None:
+    fresh = unused(string.ascii_letters[1:])
+    assert next(fresh) == "a"
+    with pytest.raises(ValueError, match=r"^got an einsum with more axes than there are letters; expected at most 52$"):
+        next(fresh)

@@ -126,7 +126,7 @@ def test_a_plan_with_such_a_rank_is_refused() -> None:
         (
             "kronecker",
             LayerShape(2, 8, 6, (3, 3)),
-            "2*6->8 3x3 has groups: their channels cannot be cut into blocks any further",
+            "2*6->8 3x3 has groups: tensor networks are not built for groups yet, svd is",
         ),
         (
             "kronecker",
@@ -137,7 +137,7 @@ def test_a_plan_with_such_a_rank_is_refused() -> None:
         (
             "tt_matrix",
             LayerShape(3, 16, 24),
-            "3*24->16 has groups: their channels cannot be cut into modes any further",
+            "3*24->16 has groups: tensor networks are not built for groups yet, svd is",
         ),
         (
             "hierarchical_tucker",
@@ -148,7 +148,7 @@ def test_a_plan_with_such_a_rank_is_refused() -> None:
         (
             "tensor_ring",
             LayerShape(2, 16, 24, (3,)),
-            "2*24->16 3 has groups: their channels cannot be folded into the batch",
+            "2*24->16 3 has groups: tensor networks are not built for groups yet, svd is",
         ),
         (
             "tensor_ring",
@@ -163,7 +163,7 @@ def test_a_plan_with_such_a_rank_is_refused() -> None:
         (
             "semi_tensor_train",
             LayerShape(2, 8, 8, (3,)),
-            "2*8->8 3 has groups: their channels cannot be cut into blocks any further",
+            "2*8->8 3 has groups: tensor networks are not built for groups yet, svd is",
         ),
         ("semi_tensor_ring", LayerShape(1, 8, 8), "8->8 has no kernel: semi_tensor has one stage less"),
     ],

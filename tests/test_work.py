@@ -70,7 +70,7 @@ def test_words_are_for_readers_too() -> None:
         "Conv 8->16 3x5 at 2x8x9x12 to 2x16x5x4: spatial_svd 1x1x8x3x1@5x12 1x16x1x1x5@5x4"
     )
     layer, chain, site = next(piece for piece in found(*FEEDS["one axis"]) if is_method(piece[1], "kronecker"))
-    assert in_words(layer, chain, site) == "Conv 8->16 5 at 2x8x20 to 2x16x8: kronecker 1x1x2x1*4@20 1x16x4x5@8"
+    assert in_words(layer, chain, site) == "Conv 8->16 5 at 2x8x20 to 2x16x8: kronecker 1x8x8x5@8 1x2x1x1*8@8"
     layer, _, site = next(found(*FEEDS["network"]))
     assert in_words(layer, None, site) == "Conv 3->32 3x3 at 2x3x16x16 to 2x32x16x16 before Conv"
     layer, _, site = next(found(*FEEDS["half"]))

@@ -13,11 +13,10 @@ from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Self
 
-from onnx_lowrank.candidates import Candidate, Cost, Grid, front, padded_macs
-from onnx_lowrank.chain import Chain
+from onnx_lowrank.candidates import Candidate, Cost, Grid, front, padded_macs, shares
 from onnx_lowrank.decomposition import Decomposition, Rank
 from onnx_lowrank.goals import Goal, KeepMacs, KeepParams, Speedup
-from onnx_lowrank.layer import Layer, LayerShape
+from onnx_lowrank.layer import Array, Layer, LayerShape
 from onnx_lowrank.search.table import Row
 
 # Multiples of a budget and how many ranks below each are fitted: several where layers are compared, and one here and
@@ -59,13 +58,12 @@ class MatchedGrid(Grid):
         """Those for size and those for speed, as far as there are such budgets."""
         return list(dict.fromkeys(rank for goal in self.goals for rank in self._ranks(method, shape, goal)))
 
-    def fitted(self, layer: Layer, method: Decomposition, ranks: Sequence[Rank]) -> Sequence[Rank]:
+    def fitted(self, layer: Layer, method: Decomposition, ranks: Sequence[Rank], weight: Array) -> Sequence[Rank]:
         """The highest ranks within each multiple of a budget in `AROUND`; the smallest one where none is within."""
         wanted: set[Rank] = set()
         for goal in self.goals:
-            cost, dense = cost_of(goal), layer.shape.params if cost_of(goal) == "params" else layer.macs
-            found = self._ranks(method, layer.shape, goal)
-            sizes = {rank: _size(method.chain(layer.shape, rank), layer, cost) / dense for rank in found}
+            every = shares(layer, method, self._ranks(method, layer.shape, goal), cost_of(goal))
+            sizes = {rank: every[rank] for rank in method.promising(weight, every)}
             for times, most in AROUND:
                 if (limit := times * share_of(goal)) < 1:
                     wanted.update(highest(method, sizes, limit)[:most])
@@ -170,7 +168,3 @@ def by_method(options: Iterable[Candidate]) -> list[list[Candidate]]:
 
 def _nearest(options: Sequence[Candidate], mark: float) -> Candidate:
     return min(options, key=lambda option: abs(math.log(option.padded_macs / mark)))
-
-
-def _size(chain: Chain, layer: Layer, cost: Cost) -> float:
-    return chain.params if cost == "params" else chain.macs(layer)

@@ -60,7 +60,8 @@ def candidates(
     by_size = isinstance(settings.goal, KeepMacs | KeepParams)
     with phases.phase("channel grid"):
         block_of = there.block if there else partial(channel_block, settings.target, table)
-        grid_of = grids(found, block_of, Grid.of_size if by_size else lambda _, block: Grid.of_machine(block))
+        of_size = partial(Grid.of_size, cost="params" if isinstance(settings.goal, KeepParams) else "macs")
+        grid_of = grids(found, block_of, of_size if by_size else lambda _, block: Grid.of_machine(block))
     rows, calibrated = decomposed(source, ready, settings, cache, phases, table, grid_of)
     level = ready.normalized.level
     rule = rule_for(settings, rows, calibrated, deadline)

@@ -125,7 +125,7 @@ def row_of(
 
     def tried(method: Decomposition) -> list[Candidate]:
         found = ranks[method.name]
-        asked = grid.fitted(layer, method, found) if method.by_rank and not exact_only else found
+        asked = grid.fitted(layer, method, found, weight) if method.by_rank and not exact_only else found
         made = cache.make(layer, method, weight, gram, asked)
         return [candidate(layer, method, made, rank, grid.block) for rank in asked]
 

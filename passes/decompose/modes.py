@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from onnx_lowrank.decomposition import Rank, spaced
 from onnx_lowrank.layer import LayerShape, Shape
-from onnx_lowrank.passes.decompose.network import NetworkFormat
+from onnx_lowrank.passes.decompose.network import NO_GROUPS, NetworkFormat
 
 COUNTS = (3, 4)
 _RANKS = 8  # of each number of modes
@@ -52,7 +52,7 @@ class ModalFormat(NetworkFormat):
         if not shape.is_matrix:
             return f"{shape} has a kernel: {self.name} cuts matrices"
         if shape.groups > 1:
-            return f"{shape} has groups: their channels cannot be cut into modes any further"
+            return f"{shape} has groups: {NO_GROUPS}"
         if not self._modes(shape):
             return f"{shape} has a side that is no product of three numbers: kronecker cuts it into two"
         return None

@@ -20,6 +20,7 @@ from onnx_lowrank.passes.decompose.fitted import Fitted
 
 GROUP = "g"
 ON_REQUEST = "its stages are small and its channels move in memory between them, which costs more time than it saves"
+NO_GROUPS = "tensor networks are not built for groups yet, svd is"
 Algorithm = Callable[[Rank], tuple[Array, ...]]
 
 

@@ -26,7 +26,7 @@ from onnx_lowrank.chain import Chain
 from onnx_lowrank.decomposition import Rank
 from onnx_lowrank.layer import Array, LayerShape
 from onnx_lowrank.linalg import spectrum
-from onnx_lowrank.passes.decompose.network import ON_REQUEST, Link, NetworkFormat, network
+from onnx_lowrank.passes.decompose.network import NO_GROUPS, ON_REQUEST, Link, NetworkFormat, network
 from onnx_lowrank.passes.decompose.tensor_ring import COPIES, Rings, octaves
 from onnx_lowrank.passes.decompose.tucker2 import TuckerCore
 
@@ -50,7 +50,7 @@ class SemiTensorFormat(NetworkFormat):
     def refusal(self, shape: LayerShape) -> str | None:
         """Refuse groups, and channels that no ratio divides."""
         if shape.groups > 1:
-            return f"{shape} has groups: their channels cannot be cut into blocks any further"
+            return f"{shape} has groups: {NO_GROUPS}"
         if math.gcd(shape.out, shape.in_) % RATIOS[0] or min(shape.out, shape.in_) < 2 * RATIOS[0]:
             return f"{shape} has no even number of channels above two on both sides: no ratio divides them"
         return None

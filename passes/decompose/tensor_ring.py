@@ -30,7 +30,7 @@ from onnx_lowrank.chain import Chain
 from onnx_lowrank.decomposition import Rank
 from onnx_lowrank.layer import Array, LayerShape, Shape
 from onnx_lowrank.linalg import leading_subspace
-from onnx_lowrank.passes.decompose.network import ON_REQUEST, Link, NetworkFormat, network
+from onnx_lowrank.passes.decompose.network import NO_GROUPS, ON_REQUEST, Link, NetworkFormat, network
 
 _SWEEPS, _STEPS = 3, 3
 _CORRECTIONS, _CORRECTION_STEPS = 60, 20
@@ -55,7 +55,7 @@ class TensorRing(NetworkFormat):
         if shape.is_matrix:
             return f"{shape} has no kernel: a ring of two cores is an svd"
         if shape.groups > 1:
-            return f"{shape} has groups: their channels cannot be folded into the batch"
+            return f"{shape} has groups: {NO_GROUPS}"
         if min(shape.out, shape.in_) < 4:
             return f"{shape} has fewer than four channels on a side: tucker2 gives the same chain"
         return None
