@@ -111,7 +111,10 @@ class Fitted(Factorization):
         return rank[:cut] == other[:cut] and all(a <= b for a, b in zip(rank, other, strict=True))
 
     def _answer(self, rank: Rank) -> tuple[float, Rank]:
-        if rank not in self._told:
+        if rank not in self._told and rank == self.method.exact_rank(self.shape):
+            self._fits[rank] = _Fit(self.exact(), 0.0)
+            self._told[rank] = 0.0, rank
+        elif rank not in self._told:
             lower = self.lower(rank) or ()
             for each in (rank, *lower) if rank == self._only else (*lower, rank):
                 if each not in self._fits:
@@ -132,7 +135,7 @@ class Fitted(Factorization):
 
     def _made(self, rank: Rank) -> _Fit:
         chain, factors = self.method.chain(self.shape, rank), self._start(rank)
-        if rank == self.method.exact_rank(self.shape) or self._total <= 0:
+        if self._total <= 0:
             return _Fit(factors, 0.0)
         if self._gram is None:
             error = float(np.linalg.norm(self.weight - chain.dense(factors))) / math.sqrt(self._total)
