@@ -26,15 +26,16 @@ class Factorization(ABC):
         """
 
     @abstractmethod
-    def spectral_error(self, rank: Rank) -> float:
-        """Spectral norm of what is cut, relative to the unfolding's: what ALDS compares. Never rises with the rank.
-
-        An upper bound in the Frobenius metric; calibrated, each method says what it compares.
-        """
-
-    @abstractmethod
     def factors(self, rank: Rank) -> tuple[Array, ...]:
         """Weights of the chain's stages at `rank`, first stage first, each of shape `stage.weight`."""
+
+    def spectral_error(self, rank: Rank) -> float | None:  # noqa: ARG002 - for formats whose spectra tell it
+        """What rules that look at spectral norms compare, where the format has it at hand or defines its own.
+
+        None: it is measured, ||M - M'||_2 / ||M||_2 of the output unfoldings S x (C prod kernel), or of their products
+        with G^(1/2). Unlike `error` it may rise a little with the rank.
+        """
+        return None
 
     def data_free(self, rank: Rank) -> tuple[Array, ...] | None:  # noqa: ARG002 - for formats that are fitted
         """Factors in the Frobenius metric that a calibrated fit started from; None where it started from none."""

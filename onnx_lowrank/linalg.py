@@ -89,6 +89,18 @@ def tail(values: Array, rank: int) -> float:
     return float(np.sqrt(squares[:, rank:].sum() / total)) if total > 0 else 0.0
 
 
+def output_norm(weight: Array, gram: Array | None = None) -> float:
+    """Spectral norm of the output unfolding M, or of M G^(1/2); the largest of all groups.
+
+    Args:
+        weight: (g, S, C, *kernel); M is S x n, n = C prod kernel.
+        gram: G, (g, n, n), positive semidefinite.
+    """
+    matrix = weight.reshape(*weight.shape[:2], -1).astype(np.float64, copy=False)
+    product = matrix if gram is None else matrix @ gram
+    return float(np.sqrt(np.linalg.eigvalsh(product @ matrix.swapaxes(1, 2)).max(initial=0.0)))
+
+
 def leading_subspace(matrix: Array, rank: int) -> tuple[Array, Array]:
     """Dominant left singular subspace of one matrix (m, n): orthonormal basis (m, rank) and all m singular values."""
     values, vectors = np.linalg.eigh(matrix @ matrix.T)

@@ -67,9 +67,6 @@ def test_errors(method: NetworkFormat, shape: LayerShape, calibrated: bool) -> N
         assert dense.shape == weight.shape
         told[rank] = made.error(rank)
         assert output_error(weight, dense, metric) <= told[rank] + 1e-6
-        root = np.linalg.cholesky(metric[0])
-        cut, whole = ((array.reshape(shape.out, -1)) @ root for array in (weight - dense, weight))
-        assert np.linalg.norm(cut, 2) / np.linalg.norm(whole, 2) <= made.spectral_error(rank) + 1e-6
     for rank, error in told.items():
         for other, less in told.items():
             below = rank[: method.structure] == other[: method.structure]
@@ -111,7 +108,7 @@ def test_moments_that_say_nothing(method: NetworkFormat, gram: float) -> None:
 def test_zero_weights_cost_nothing(method: NetworkFormat) -> None:
     shape = next(shape for shape in SHAPES if method.refusal(shape) is None)
     made, rank = method.factorize(np.zeros(shape.weight)), method.ranks(shape, 1)[0]
-    assert (made.error(rank), made.spectral_error(rank)) == (0.0, 0.0)
+    assert made.error(rank) == 0.0
     assert all(np.isfinite(factor).all() for factor in made.factors(rank))
 
 

@@ -68,7 +68,7 @@ class BlockFit(Fitted):
         groups, out, in_ = weight.shape[:3]
         self._flat = self.weight.reshape(groups, out, in_, -1)
         self._bases = [
-            (subspaces([w.transpose(1, 0, 2).reshape(in_, -1)])[0][0], subspaces([w.reshape(out, -1)])[0][0])
+            (subspaces([w.transpose(1, 0, 2).reshape(in_, -1)])[0], subspaces([w.reshape(out, -1)])[0])
             for w in self._flat
         ]
 

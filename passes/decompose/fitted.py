@@ -58,9 +58,7 @@ class Fitted(Factorization):
         metric = usable(gram)
         self._product = self._matrix if metric is None else self._matrix @ metric
         self._gram = None if metric is None else working(metric)
-        energy = self._product @ self._matrix.swapaxes(1, 2)
-        self._total = float(np.trace(energy, axis1=1, axis2=2).sum())
-        self._largest = float(np.linalg.eigvalsh(energy).max(initial=0.0))
+        self._total = float(np.vdot(self._product, self._matrix))
         self._only = None if metric is None else most
         self._fits: dict[Rank, _Fit] = {}
         self._told: dict[Rank, tuple[float, Rank]] = {}
@@ -84,10 +82,6 @@ class Fitted(Factorization):
     def error(self, rank: Rank) -> float:
         """Relative error in the metric of the fit: of the fit itself, or what a higher rank was told to have."""
         return self._answer(rank)[0]
-
-    def spectral_error(self, rank: Rank) -> float:
-        """Frobenius norm of what is cut, relative to the output unfolding's largest singular value: an upper bound."""
-        return self.error(rank) * math.sqrt(self._total / self._largest) if self._largest > 0 else 0.0
 
     def factors(self, rank: Rank) -> tuple[Array, ...]:
         """Weights of the stages: the best fit so far at or below `rank`."""

@@ -41,10 +41,10 @@ class Train(Factorization):
         self._first, self._rest = first, rest
         groups, out, in_ = weight.shape[:3]
         flat = weight.astype(np.float64, copy=False).reshape(groups, out, in_, -1)
-        self._out, values = subspaces([w.reshape(out, -1) for w in flat])
-        self._in, _ = subspaces([w.transpose(1, 0, 2).reshape(in_, -1) for w in flat])
+        self._out = subspaces([w.reshape(out, -1) for w in flat])
+        self._in = subspaces([w.transpose(1, 0, 2).reshape(in_, -1) for w in flat])
         self._core = core_of(flat, self._out, self._in)
-        self._total, self._largest = float(np.vdot(flat, flat)), float(values.max(initial=0.0))
+        self._total = float(np.vdot(flat, flat))
         self._kept: dict[tuple[int, int], Array] = {}
 
     def error(self, rank: Rank) -> float:
@@ -60,10 +60,6 @@ class Train(Factorization):
         kept = self._kept[left, right]
         lost = 1.0 - float(kept[min(middle, len(kept)) - 1]) / self._total
         return math.sqrt(lost) if lost > 1e-14 else 0.0
-
-    def spectral_error(self, rank: Rank) -> float:
-        """Frobenius norm of what is cut, relative to the output unfolding's largest singular value: an upper bound."""
-        return self.error(rank) * math.sqrt(self._total) / self._largest if self._largest > 0 else 0.0
 
     def factors(self, rank: Rank) -> tuple[Array, ...]:
         """Weights (g, r1, C, 1..), (g, r2, r1, *k_first), (g, r3, r2, *k_rest), (g, S, r3, 1..)."""
