@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from onnx_lowrank.chain import Chain
-from onnx_lowrank.layer import Array, LayerShape
+from onnx_lowrank.layer import Array, LayerShape, Shape
 
 Rank = tuple[int, ...]
 
@@ -107,6 +107,18 @@ class Decomposition(ABC):
         if limit is None or (len(rank) == len(limit) and all(1 <= r <= m for r, m in zip(rank, limit, strict=True))):
             return None
         return f"1 to {'x'.join(map(str, limit))}"
+
+
+def split_axis(kernel: Shape) -> int:
+    """The spatial axis that is split from the others: the first one longer than one; 0 where none is."""
+    return next((axis for axis, k in enumerate(kernel) if k > 1), 0)
+
+
+def halves(kernel: Shape) -> tuple[Shape, Shape]:
+    """The kernel of the axis that is split off, and that of the others."""
+    one = split_axis(kernel)
+    first = tuple(k if axis == one else 1 for axis, k in enumerate(kernel))
+    return first, tuple(1 if axis == one else k for axis, k in enumerate(kernel))
 
 
 def spaced(limit: int, block: int) -> list[int]:

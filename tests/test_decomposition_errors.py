@@ -8,15 +8,16 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
-from formats import METHODS, comparable, some_ranks
+from formats import EVERY, METHODS, comparable, some_ranks
 from tensorly.decomposition import partial_tucker
 
 from onnx_lowrank.decomposition import Decomposition, Rank, aligned
-from onnx_lowrank.layer import LayerShape
+from onnx_lowrank.layer import LayerShape, Shape
 from onnx_lowrank.passes.decompose.tucker2 import Tucker2
 
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
 RNG = np.random.default_rng(5)
+NARROW = [(3,), (1, 3), (3, 1), (1, 1, 3), (1, 3, 1)]
 
 
 SHAPES = [
@@ -85,6 +86,30 @@ def test_ranks_are_aligned_and_save_weights(method: Decomposition, shape: LayerS
         assert method.misfit(shape, rank) is None
 
 
+@pytest.mark.parametrize("kernel", [(1, 3, 2), (3, 1, 2), (3, 2, 1)])
+@pytest.mark.parametrize(
+    "name", ["spatial_svd", "spatial_svd_reversed", "tensor_train", "cp_spatial", "semi_tensor_train"]
+)
+def test_the_first_axis_longer_than_one_is_split_from_the_others(name: str, kernel: Shape) -> None:
+    """(2+1)-dimensional layers have their axis of length one in front."""
+    shape, method = LayerShape(1, 8, 8, kernel), EVERY[name]
+    assert method.refusal(shape) is None
+    rank = method.exact_rank(shape) or (2, 8, 24, 8)
+    chain, weight = method.chain(shape, rank), np.random.default_rng(0).standard_normal(shape.weight)
+    kernels = [stage.kernel for stage in chain.stages if math.prod(stage.kernel) > 1]
+    split = [tuple(k if axis == one else 1 for axis, k in enumerate(kernel)) for one in range(3) if kernel[one] > 1]
+    assert kernels == (split[::-1] if name == "spatial_svd_reversed" else split)
+    np.testing.assert_allclose(chain.dense(method.factorize(weight).factors(rank)), weight, atol=1e-9)
+
+
+@pytest.mark.parametrize(("name", "kernel"), [(n, k) for n in ("spatial_svd", "spatial_svd_reversed") for k in NARROW])
+def test_the_twin_that_a_refusal_names_gives_the_same_chain(name: str, kernel: Shape) -> None:
+    shape, method = LayerShape(1, 8, 8, kernel), METHODS[name]
+    (twin,) = (other for key, other in METHODS.items() if f": {key} gives" in (method.refusal(shape) or ""))
+    mine, its = (each.chain(shape, (3,)).stages for each in (method, twin))
+    assert [(s.out, s.in_, s.kernel) for s in mine] == [(s.out, s.in_, s.kernel) for s in its]
+
+
 @every_method
 def test_zero_weights_cost_nothing(method: Decomposition) -> None:
     shape = LayerShape(1, 4, 3, (3, 3))
@@ -103,18 +128,19 @@ def test_zero_weights_cost_nothing(method: Decomposition) -> None:
         (
             "spatial_svd",
             LayerShape(1, 8, 9, (3,)),
-            "9->8 3 has fewer than two spatial axes: there is nothing to separate",
+            "9->8 3 has one spatial axis: svd gives the same chain",
         ),
         (
             "spatial_svd",
             LayerShape(1, 8, 9, (1, 3)),
-            "9->8 1x3 is 1 wide along one spatial axis: svd gives the same chain",
+            "9->8 1x3 has one spatial axis: svd gives the same chain",
         ),
         (
             "spatial_svd_reversed",
             LayerShape(1, 8, 9, (3, 1)),
-            "9->8 3x1 is 1 wide along one spatial axis: svd gives the same chain",
+            "9->8 3x1 has one spatial axis: svd_input gives the same chain",
         ),
+        ("spatial_svd", LayerShape(1, 8, 9, (1, 1)), "9->8 1x1 has no kernel: there is nothing to separate"),
         ("tucker2", LayerShape(1, 8, 9), "9->8 has no kernel: svd reaches the same error with one stage less"),
         (
             "tucker2",
