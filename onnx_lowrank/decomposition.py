@@ -109,6 +109,17 @@ class Decomposition(ABC):
         return f"1 to {'x'.join(map(str, limit))}"
 
 
+def require_counts(**options: int) -> None:
+    """Options that count something are not negative.
+
+    Raises:
+        ValueError: if one is.
+    """
+    for name, value in options.items():
+        if value < 0:
+            raise ValueError(f"{name}={value}; expected 0 or more")
+
+
 def split_axis(kernel: Shape) -> int:
     """The spatial axis that is split from the others: the first one longer than one; 0 where none is."""
     return next((axis for axis, k in enumerate(kernel) if k > 1), 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -218,3 +219,15 @@ def test_tucker2_is_as_good_as_tensorly(ranks: Rank) -> None:
     method, shape = Tucker2(sweeps=20), LayerShape(1, 8, 6, (3, 3))
     ours = method.chain(shape, ranks).dense(method.factorize(weight[None]).factors(ranks))[0]
     assert np.linalg.norm(weight - ours) / np.linalg.norm(weight) <= reference * 1.001 + 1e-7
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("cp", "restarts"), ("cp", "sweeps"), ("cp_spatial", "restarts"), ("cp_spatial", "sweeps"),
+     ("block_term", "restarts"), ("block_term", "sweeps"), ("tucker2", "sweeps")],
+)  # fmt: skip
+def test_counts_are_not_negative(name: str, option: str) -> None:
+    with pytest.raises(ValueError, match=f"^{option}=-1; expected 0 or more$"):
+        replace(METHODS[name], **{option: -1})  # pyright: ignore[reportArgumentType] - decompositions are dataclasses
+    shape, method = LayerShape(1, 6, 5, (3, 3)), replace(METHODS[name], **{option: 0})  # pyright: ignore[reportArgumentType] - likewise
+    assert method.factorize(RNG.standard_normal(shape.weight)).error(method.ranks(shape, 1)[0]) < 1

@@ -21,7 +21,7 @@ from typing import ClassVar
 import numpy as np
 
 from onnx_lowrank.chain import Chain, Stage
-from onnx_lowrank.decomposition import Decomposition, Factorization, Rank, aligned
+from onnx_lowrank.decomposition import Decomposition, Factorization, Rank, aligned, require_counts
 from onnx_lowrank.layer import Array, LayerShape
 from onnx_lowrank.linalg import leading_subspace
 from onnx_lowrank.passes.decompose.whitened import Whitened, arrange, usable
@@ -150,6 +150,10 @@ class Tucker2(Decomposition):
 
     sweeps: int = 3
     name: ClassVar[str] = "tucker2"
+
+    def __post_init__(self) -> None:
+        """Refuse a negative number of sweeps."""
+        require_counts(sweeps=self.sweeps)
 
     def refusal(self, shape: LayerShape) -> str | None:
         """Refuse what has no kernel, or a side with one channel."""
