@@ -34,7 +34,8 @@ class Candidate:
         rank: Empty for "keep".
         chain: None for "keep".
         error: Relative error of the weight; of the layer's outputs where moments were taken.
-        spectral_error: Relative spectral error of the cut unfolding.
+        spectral_error: Relative spectral norm of what is cut, see `Factorization.spectral_error`; None unless the rule
+            compares it.
         params: Weights, per model.
         macs: Multiply-accumulates per run.
         padded_macs: The same with channel counts rounded up to the machine's block.
@@ -48,7 +49,7 @@ class Candidate:
     rank: Rank
     chain: Chain | None
     error: float
-    spectral_error: float
+    spectral_error: float | None
     params: int
     macs: float
     padded_macs: float
@@ -206,7 +207,7 @@ def candidate(layer: Layer, method: Decomposition, factorization: Factorization,
         rank=rank,
         chain=chain,
         error=factorization.error(rank),
-        spectral_error=factorization.spectral_error(rank),
+        spectral_error=None,
         params=chain.params,
         macs=chain.macs(layer),
         padded_macs=chain.macs(layer, block),

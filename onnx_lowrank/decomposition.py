@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import ClassVar
 
 from onnx_lowrank.chain import Chain
-from onnx_lowrank.layer import Array, LayerShape
+from onnx_lowrank.layer import Array, LayerShape, Shape
 
 Rank = tuple[int, ...]
 
@@ -27,15 +27,16 @@ class Factorization(ABC):
         """
 
     @abstractmethod
-    def spectral_error(self, rank: Rank) -> float:
-        """Spectral norm of what is cut, relative to the unfolding's: what ALDS compares. Never rises with the rank.
-
-        An upper bound in the Frobenius metric; calibrated, each method says what it compares.
-        """
-
-    @abstractmethod
     def factors(self, rank: Rank) -> tuple[Array, ...]:
         """Weights of the chain's stages at `rank`, first stage first, each of shape `stage.weight`."""
+
+    def spectral_error(self, rank: Rank) -> float | None:  # noqa: ARG002 - for formats whose spectra tell it
+        """What rules that look at spectral norms compare, where the format has it at hand or defines its own.
+
+        None: it is measured, ||M - M'||_2 / ||M||_2 of the output unfoldings S x (C prod kernel), or of their products
+        with G^(1/2). Unlike `error` it may rise a little with the rank.
+        """
+        return None
 
     def data_free(self, rank: Rank) -> tuple[Array, ...] | None:  # noqa: ARG002 - for formats that are fitted
         """Factors in the Frobenius metric that a calibrated fit started from; None where it started from none."""
@@ -124,6 +125,29 @@ class Decomposition(ABC):
         if limit is None or (len(rank) == len(limit) and all(1 <= r <= m for r, m in zip(rank, limit, strict=True))):
             return None
         return f"1 to {'x'.join(map(str, limit))}"
+
+
+def require_counts(**options: int) -> None:
+    """Options that count something are not negative.
+
+    Raises:
+        ValueError: if one is.
+    """
+    for name, value in options.items():
+        if value < 0:
+            raise ValueError(f"{name}={value}; expected 0 or more")
+
+
+def split_axis(kernel: Shape) -> int:
+    """The spatial axis that is split from the others: the first one longer than one; 0 where none is."""
+    return next((axis for axis, k in enumerate(kernel) if k > 1), 0)
+
+
+def halves(kernel: Shape) -> tuple[Shape, Shape]:
+    """The kernel of the axis that is split off, and that of the others."""
+    one = split_axis(kernel)
+    first = tuple(k if axis == one else 1 for axis, k in enumerate(kernel))
+    return first, tuple(1 if axis == one else k for axis, k in enumerate(kernel))
 
 
 def spaced(limit: int, block: int) -> list[int]:

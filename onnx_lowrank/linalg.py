@@ -3,7 +3,8 @@
 Spectra come from the eigenvectors of the smaller Gram matrix, which costs a fraction of a full SVD. The singular
 vectors so obtained are orthonormal to working precision whatever the spectrum, and the other factor is the projection
 of the matrix itself, so that a product at full rank gives the matrix back to rounding error; only singular values
-below 1e-8 of the largest one are inexact, and those are never worth a rank.
+below 1e-8 of the largest one are inexact, and those are never worth a rank. Where the eigenvalues do not add up to the
+matrix's energy, or with their vectors do not give the Gram matrix back, LAPACK's gesvd of the matrix takes their place.
 
 Least squares go through one Cholesky factor of the features' second moment, unpivoted, so that the solution for the
 first k features is a leading block of the same factor: one factorization, all ranks.
@@ -11,10 +12,12 @@ first k features is a leading block of the same factor: one factorization, all r
 
 from __future__ import annotations
 
+import contextlib
+import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.linalg import LinAlgError, cholesky, solve_triangular
+from scipy.linalg import LinAlgError, cholesky, solve_triangular, svd
 
 from onnx_lowrank.layer import Array
 
@@ -68,18 +71,19 @@ class Spectrum:
 def spectrum(matrix: Array) -> Spectrum:
     """Singular values and vectors of each matrix of a stack (g, m, n), by the smaller Gram matrix in float64."""
     work = matrix.astype(np.float64, copy=False)
-    left = work.shape[1] <= work.shape[2]
-    gram = work @ work.transpose(0, 2, 1) if left else work.transpose(0, 2, 1) @ work
-    values, vectors = np.linalg.eigh(gram)
-    values = np.sqrt(np.clip(values[:, ::-1], 0.0, None))
-    return Spectrum(work, values, np.ascontiguousarray(vectors[:, :, ::-1]))
+    values, vectors = _left_vectors(work if work.shape[1] <= work.shape[2] else work.transpose(0, 2, 1))
+    return Spectrum(work, values, np.ascontiguousarray(vectors))
 
 
 def singular_values(matrix: Array) -> Array:
     """Singular values of each matrix of a stack (g, m, n), descending, (g, min(m, n)): a third of `spectrum`'s time."""
     work = matrix.astype(np.float64, copy=False)
     short = work if work.shape[1] <= work.shape[2] else work.transpose(0, 2, 1)
-    return np.sqrt(np.clip(np.linalg.eigvalsh(short @ short.transpose(0, 2, 1))[:, ::-1], 0.0, None))
+    with contextlib.suppress(LinAlgError):
+        squares = np.linalg.eigvalsh(short @ short.transpose(0, 2, 1))
+        if _adds_up(squares, short):
+            return np.sqrt(np.clip(squares[:, ::-1], 0.0, None))
+    return np.stack([svd(each, compute_uv=False, lapack_driver="gesvd") for each in short])
 
 
 def tail(values: Array, rank: int) -> float:
@@ -89,10 +93,54 @@ def tail(values: Array, rank: int) -> float:
     return float(np.sqrt(squares[:, rank:].sum() / total)) if total > 0 else 0.0
 
 
+def output_norm(weight: Array, gram: Array | None = None) -> float:
+    """Spectral norm of the output unfolding M, or of M G^(1/2); the largest of all groups.
+
+    Args:
+        weight: (g, S, C, *kernel); M is S x n, n = C prod kernel.
+        gram: G, (g, n, n), positive semidefinite.
+    """
+    matrix = weight.reshape(*weight.shape[:2], -1).astype(np.float64, copy=False)
+    product = matrix if gram is None else matrix @ gram
+    return float(np.sqrt(np.linalg.eigvalsh(product @ matrix.swapaxes(1, 2)).max(initial=0.0)))
+
+
 def leading_subspace(matrix: Array, rank: int) -> tuple[Array, Array]:
     """Dominant left singular subspace of one matrix (m, n): orthonormal basis (m, rank) and all m singular values."""
-    values, vectors = np.linalg.eigh(matrix @ matrix.T)
-    return vectors[:, ::-1][:, :rank], np.sqrt(np.clip(values[::-1], 0.0, None))
+    values, vectors = _left_vectors(matrix[None])
+    return vectors[0, :, :rank], values[0]
+
+
+def _left_vectors(stack: Array) -> tuple[Array, Array]:
+    """All m singular values (g, m), descending, zeros included, and left singular vectors (g, m, m) of (g, m, n)."""
+    with contextlib.suppress(LinAlgError):
+        gram = stack @ stack.swapaxes(1, 2)
+        squares, vectors = np.linalg.eigh(gram)
+        if _adds_up(squares, stack) and _give_back(squares, vectors, gram):
+            return np.sqrt(np.clip(squares[:, ::-1], 0.0, None)), vectors[:, :, ::-1]
+    _, rows, columns = stack.shape
+    values, vectors = np.zeros(stack.shape[:2]), np.zeros((len(stack), rows, rows))
+    for i, each in enumerate(stack):
+        vectors[i], values[i, :columns], _ = svd(each, full_matrices=rows > columns, lapack_driver="gesvd")
+    return values, vectors
+
+
+def _adds_up(squares: Array, stack: Array) -> bool:
+    """Whether squared singular values add up to each matrix's energy, which those that are not finite do not."""
+    energy = np.einsum("gmn,gmn->g", stack, stack)
+    return bool((np.abs(squares.sum(axis=1) - energy) <= _tolerance(stack) * energy).all())
+
+
+def _give_back(squares: Array, vectors: Array, gram: Array) -> bool:
+    """Whether V diag(squares) V^T is the Gram matrix, judged by its product with one vector."""
+    probe = np.ones((gram.shape[1], 1), gram.dtype)
+    again = vectors @ (squares[:, :, None] * (vectors.swapaxes(1, 2) @ probe))
+    allowed = _tolerance(gram) * np.linalg.norm(gram, axis=(1, 2)) * math.sqrt(gram.shape[1])
+    return bool((np.linalg.norm(again - gram @ probe, axis=(1, 2)) <= allowed).all())
+
+
+def _tolerance(array: Array) -> float:
+    return max(1e-9, 1e3 * float(np.finfo(array.dtype).eps))
 
 
 def scaled_root(moment: Array, jitter: float = 1e-12) -> tuple[Array, Array]:

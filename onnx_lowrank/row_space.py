@@ -19,6 +19,7 @@ import numpy as np
 from onnx_lowrank.chain import Chain
 from onnx_lowrank.decomposition import Decomposition, Factorization, Rank
 from onnx_lowrank.layer import Array, LayerShape
+from onnx_lowrank.linalg import output_norm
 
 _SMALLEST = 16 * np.finfo(np.float64).eps  # of L per output, relative to the largest: below it there is rounding only
 
@@ -93,7 +94,7 @@ class InRowSpace(Factorization):
     def __init__(self, method: Decomposition, weight: Array, gram: Array) -> None:
         groups, out, in_, *kernel = weight.shape
         self._method, self._shape = method, LayerShape(groups, out, in_, tuple(kernel))
-        self._space = RowSpace.of(weight)
+        self._space, self._gram = RowSpace.of(weight), gram
         ranks = method.ranks(self._shape, 1)
         self._inner = method.factorize(self._space.weight, gram, most=ranks[-1] if ranks else None)
 
@@ -103,7 +104,12 @@ class InRowSpace(Factorization):
 
     def spectral_error(self, rank: Rank) -> float:
         """That of the matrix."""
-        return self._inner.spectral_error(rank)
+        told = self._inner.spectral_error(rank)
+        if told is not None:
+            return told
+        dense = self._method.chain(self._space.shape, rank).dense(self._inner.factors(rank))
+        largest = output_norm(self._space.weight, self._gram)
+        return output_norm(self._space.weight - dense, self._gram) / largest if largest > 0 else 0.0
 
     def factors(self, rank: Rank) -> tuple[Array, ...]:
         """Those of the matrix, widened."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import operator
 import traceback
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -92,6 +92,13 @@ class ThirdParty(Decomposition):
         checked = _Checked(self, made, shape)
         return checked if gram is None else _Measured(checked, weight, gram)
 
+    def promising(self, weight: Array, shares: Mapping[Rank, float]) -> Sequence[Rank]:
+        """Those of the ranks that it names."""
+        groups, out, in_, *kernel = weight.shape
+        with _blaming(self.inner, LayerShape(groups, out, in_, tuple(kernel))):
+            named = {_rank(rank) for rank in self.inner.promising(weight, shares)}
+        return [rank for rank in shares if rank in named]
+
     def exact_rank(self, shape: LayerShape) -> Rank | None:
         """Its rank or None."""
         with _blaming(self.inner, shape):
@@ -127,11 +134,15 @@ class _Checked(Factorization):
 
     def error(self, rank: Rank) -> float:
         """A finite number of Python's."""
-        return self._number("error", self.made.error, rank)
+        with self.blaming():
+            found = self.made.error(rank)
+        return self._number("error", found, rank)
 
-    def spectral_error(self, rank: Rank) -> float:
-        """A finite number of Python's."""
-        return self._number("spectral error", self.made.spectral_error, rank)
+    def spectral_error(self, rank: Rank) -> float | None:
+        """A finite number of Python's, or None: it is measured then."""
+        with self.blaming():
+            found = self.made.spectral_error(rank)
+        return None if found is None else self._number("spectral error", found, rank)
 
     def factors(self, rank: Rank) -> tuple[Array, ...]:
         """Finite arrays of the shapes of the chain's stages."""
@@ -149,9 +160,9 @@ class _Checked(Factorization):
         """Errors of the third party's code are told as such."""
         return _blaming(self.method.inner, self.shape)
 
-    def _number(self, what: str, told: Callable[[Rank], float], rank: Rank) -> float:
+    def _number(self, what: str, told: float, rank: Rank) -> float:
         with self.blaming():
-            found = float(told(rank))
+            found = float(told)
         if not (math.isfinite(found) and found >= 0):
             raise self.method.fault(f"{what} {found} at rank {rank}", "a finite number, not negative", self.shape)
         return found

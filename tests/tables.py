@@ -13,6 +13,7 @@ from onnx_lowrank.candidates import Candidate, Cost, Evidence, Problem, candidat
 from onnx_lowrank.chain import Chain, Stage
 from onnx_lowrank.layer import Array, Form, Geometry, Layer, LayerShape, Site
 from onnx_lowrank.passes.decompose import decompositions
+from onnx_lowrank.search.table import with_spectral_errors
 from onnx_lowrank.spectra import Unfolding
 
 Choice = tuple[Candidate, ...]
@@ -112,7 +113,8 @@ def table_of(layers: Sequence[Layer], share: float) -> Problem:
     for layer in layers:
         made = [(m, m.factorize(layer.read())) for m in methods if m.refusal(layer.shape) is None]
         options = [candidate(layer, m, f, rank, 1) for m, f in made for rank in m.ranks(layer.shape, 1)]
-        rows.append((keep(layer), *options))
+        told = with_spectral_errors(options, {m.name: f for m, f in made}, layer.read())
+        rows.append((keep(layer), *told))
     weights = {layer.key: layer.read() for layer in layers}
 
     @cache

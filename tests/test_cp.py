@@ -190,3 +190,13 @@ def test_what_a_rank_gets_depends_on_nothing_asked_before(calibrated: bool) -> N
     for rank in (11, 14):
         assert alone.error((rank,)) == after.error((rank,))
         assert all(np.array_equal(a, b) for a, b in zip(alone.factors((rank,)), after.factors((rank,)), strict=True))
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_the_exact_rank_takes_no_fit(calibrated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    method, shape = Cp(), LayerShape(1, 16, 12, (3, 3))
+    weight = np.random.default_rng(0).standard_normal(shape.weight)
+    monkeypatch.setattr(CpFit, "fit", lambda *_: pytest.fail("fitted"))
+    made, exact = method.factorize(weight, np.eye(shape.inputs)[None] if calibrated else None), method.exact_rank(shape)
+    assert made.error(exact) == 0.0
+    np.testing.assert_allclose(method.chain(shape, exact).dense(made.factors(exact)), weight, atol=1e-12)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from onnx_lowrank.linalg import NestedFit, Spectrum, leading_subspace, spectrum, whitened_rows
+from onnx_lowrank.linalg import NestedFit, Spectrum, leading_subspace, singular_values, spectrum, whitened_rows
 
 Matrix = NDArray[np.float64]
 
@@ -111,6 +112,42 @@ def test_leading_subspace(shape: tuple[int, int]) -> None:
     np.testing.assert_allclose(basis.T @ basis, np.eye(3), atol=1e-12)
     np.testing.assert_allclose(basis @ basis.T, u[:, :3] @ u[:, :3].T, atol=1e-8)
     np.testing.assert_allclose(values[: min(shape)], sigma, atol=1e-7)
+    assert len(values) == shape[0]
+
+
+def fails(*_: Matrix) -> tuple[Matrix, Matrix]:
+    raise np.linalg.LinAlgError("Eigenvalues did not converge")
+
+
+def not_finite(matrix: Matrix) -> tuple[Matrix, Matrix]:
+    return np.full(matrix.shape[:-1], np.nan), np.full(matrix.shape, np.nan)
+
+
+def wrong_values(matrix: Matrix) -> tuple[Matrix, Matrix]:
+    return np.ones(matrix.shape[:-1]), np.broadcast_to(np.eye(matrix.shape[-1]), matrix.shape)
+
+
+def wrong_vectors(matrix: Matrix) -> tuple[Matrix, Matrix]:
+    return EIGH(matrix)[0], np.broadcast_to(np.eye(matrix.shape[-1]), matrix.shape)
+
+
+EIGH = np.linalg.eigh
+
+
+@pytest.mark.parametrize("eigh", [fails, not_finite, wrong_values, wrong_vectors])
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6), (7, 7)])
+def test_where_the_gram_matrix_fails_the_matrix_itself_is_decomposed(
+    eigh: Callable[[Matrix], tuple[Matrix, Matrix]], shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrix = decaying(2, *shape, seed=8)
+    expected = np.linalg.svd(matrix)
+    monkeypatch.setattr(np.linalg, "eigh", eigh)
+    if eigh is not wrong_vectors:
+        monkeypatch.setattr(np.linalg, "eigvalsh", lambda gram: eigh(gram)[0])
+    check(matrix, spectrum(matrix))
+    np.testing.assert_allclose(singular_values(matrix), expected[1], atol=1e-7)
+    basis, values = leading_subspace(matrix[0], 3)
+    np.testing.assert_allclose(basis @ basis.T, expected[0][0][:, :3] @ expected[0][0][:, :3].T, atol=1e-7)
     assert len(values) == shape[0]
 
 

@@ -27,11 +27,12 @@ SHAPES = [
     LayerShape(1, 16, 8, (3, 3)),
     LayerShape(1, 8, 12, (3,)),
     LayerShape(1, 8, 4, (1, 3)),
+    LayerShape(1, 8, 4, (1, 3, 2)),
     LayerShape(1, 4, 8, (2, 3, 2)),
     LayerShape(1, 16, 24),
     LayerShape(1, 24, 8, (1, 1)),
 ]
-CALIBRATED = (SHAPES[0], SHAPES[1], SHAPES[4])
+CALIBRATED = (SHAPES[0], SHAPES[1], SHAPES[5])
 RNG = np.random.default_rng(6)
 
 
@@ -49,7 +50,7 @@ def some_ranks(method: NetworkFormat, shape: LayerShape, count: int = 6) -> list
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_errors(method: NetworkFormat, shape: LayerShape, calibrated: bool) -> None:
-    """Told errors bound those of the factors and never rise with the rank; spectral errors bound spectral norms."""
+    """Told errors bound those of the factors and never rise with the rank."""
     if (refusal := method.refusal(shape)) is not None:
         assert str(shape) in refusal
         return
@@ -66,9 +67,6 @@ def test_errors(method: NetworkFormat, shape: LayerShape, calibrated: bool) -> N
         assert dense.shape == weight.shape
         told[rank] = made.error(rank)
         assert output_error(weight, dense, metric) <= told[rank] + 1e-6
-        root = np.linalg.cholesky(metric[0])
-        cut, whole = ((array.reshape(shape.out, -1)) @ root for array in (weight - dense, weight))
-        assert np.linalg.norm(cut, 2) / np.linalg.norm(whole, 2) <= made.spectral_error(rank) + 1e-6
     for rank, error in told.items():
         for other, less in told.items():
             below = rank[: method.structure] == other[: method.structure]
@@ -110,7 +108,7 @@ def test_moments_that_say_nothing(method: NetworkFormat, gram: float) -> None:
 def test_zero_weights_cost_nothing(method: NetworkFormat) -> None:
     shape = next(shape for shape in SHAPES if method.refusal(shape) is None)
     made, rank = method.factorize(np.zeros(shape.weight)), method.ranks(shape, 1)[0]
-    assert (made.error(rank), made.spectral_error(rank)) == (0.0, 0.0)
+    assert made.error(rank) == 0.0
     assert all(np.isfinite(factor).all() for factor in made.factors(rank))
 
 

@@ -57,7 +57,7 @@ def test_samples_lower_the_error_of_a_method_that_ignores_them() -> None:
         plain = output_error(weight, method.chain(SHAPE, rank).dense(free.factors(rank)), gram)
         errors.append(made.error(rank))
         assert errors[-1] < 0.999 * plain
-        assert made.spectral_error(rank) >= errors[-1]
+        assert made.spectral_error(rank) is None
         assert made.data_free(rank) is None
     assert errors == sorted(errors, reverse=True)
 

@@ -41,6 +41,8 @@ ALLOCATORS: dict[str, Allocator] = {
 }
 # Rules that measure the network under their choices.
 SEARCHING = frozenset({"beam", "evolution", "tpe", "reinforcement"})
+# Rules that compare spectral norms.
+SPECTRAL = frozenset({"minimax", "alds", "alds_authors"})
 BY_OPTUNA = frozenset({"evolution", "tpe"})
 
-__all__ = ["ALLOCATORS", "BY_OPTUNA", "SEARCHING", "Allocator", "require_optuna"]
+__all__ = ["ALLOCATORS", "BY_OPTUNA", "SEARCHING", "SPECTRAL", "Allocator", "require_optuna"]

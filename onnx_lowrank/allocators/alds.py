@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from onnx_lowrank.allocators.equal_error import equal_error
+from onnx_lowrank.allocators.equal_error import equal_error, spectral_error
 from onnx_lowrank.allocators.interfaces import slices
 from onnx_lowrank.candidates import Candidate, Problem
 
@@ -35,12 +35,12 @@ Families = dict[Family, tuple[Candidate, ...]]
 
 def alds(problem: Problem) -> tuple[Candidate, ...]:
     """The alternation with the theorem's error, which a decomposition into slices says of itself."""
-    return _alternated(problem, lambda candidate: candidate.spectral_error)
+    return _alternated(problem, spectral_error)
 
 
 def alds_authors(problem: Problem) -> tuple[Candidate, ...]:
     """The alternation without the factor sqrt(k)."""
-    return _alternated(problem, lambda candidate: candidate.spectral_error / math.sqrt(_slices(candidate)))
+    return _alternated(problem, lambda candidate: spectral_error(candidate) / math.sqrt(_slices(candidate)))
 
 
 def _alternated(problem: Problem, error: Error) -> tuple[Candidate, ...]:

@@ -7,6 +7,17 @@ from collections.abc import Callable
 from onnx_lowrank.candidates import Candidate, Problem
 
 
+def spectral_error(candidate: Candidate) -> float:
+    """The relative spectral norm of what a candidate cuts.
+
+    Raises:
+        ValueError: if it was not measured.
+    """
+    if candidate.spectral_error is None:
+        raise ValueError(f"{candidate.key}: the spectral error of {candidate.method} {candidate.rank} was not measured")
+    return candidate.spectral_error
+
+
 def equal_error(problem: Problem, error: Callable[[Candidate], float]) -> tuple[Candidate, ...]:
     """The smallest common error bound whose cheapest choice fits the budget, found among the candidates' own errors.
 

@@ -8,10 +8,10 @@ the candidates' own errors is exact; `alds` is the alternation the paper solves 
 
 from __future__ import annotations
 
-from onnx_lowrank.allocators.equal_error import equal_error
+from onnx_lowrank.allocators.equal_error import equal_error, spectral_error
 from onnx_lowrank.candidates import Candidate, Problem
 
 
 def minimax(problem: Problem) -> tuple[Candidate, ...]:
     """Equal relative spectral error over all layers, as small as the budget allows."""
-    return equal_error(problem, lambda candidate: candidate.spectral_error)
+    return equal_error(problem, spectral_error)

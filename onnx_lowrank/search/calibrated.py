@@ -71,6 +71,7 @@ class CalibratedTable:
         cache: Receives the factorizations.
         calibration: Samples and conditions.
         phases: Timed and shown.
+        spectral: As for `tabulate`.
 
     Attributes:
         means: Mean unfolded input of every layer that was calibrated, (groups, n), by layer key.
@@ -86,6 +87,7 @@ class CalibratedTable:
     cache: FactorizationCache
     calibration: Calibration
     phases: Phases
+    spectral: bool = False
     means: dict[str, Array] = field(default_factory=dict[str, Array], init=False)
     positions: dict[str, int] = field(default_factory=dict[str, int], init=False)
     energies: dict[str, float] = field(default_factory=dict[str, float], init=False)
@@ -145,10 +147,10 @@ class CalibratedTable:
         return self._whole
 
     def _row(self, layer: Layer, gram: Array | None = None) -> Row:
-        methods = tuple(self.methods.values())
+        methods, grid = tuple(self.methods.values()), self.grid_of(layer)
         workers = most_workers() if gram is None or gram.shape[1] < LARGE else 1
         with one_blas_thread():
-            return row_of(layer, methods, self.grid_of(layer), self.cache, gram=gram, workers=workers)
+            return row_of(layer, methods, grid, self.cache, spectral=self.spectral, gram=gram, workers=workers)
 
     def _probes(self, path: Route, room: Path) -> Probes:
         """The start of the walk, and the original's outputs on the samples that are probed with."""

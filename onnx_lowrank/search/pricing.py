@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from onnx_lowrank.allocators import Allocator
+from onnx_lowrank.allocators import SPECTRAL, Allocator
 from onnx_lowrank.calibration.affordable import usable
 from onnx_lowrank.calibration.samples import Samples
 from onnx_lowrank.candidates import Cost, Grid
@@ -119,13 +119,14 @@ def decomposed(
     grid_of: GridOf,
 ) -> tuple[list[Row], CalibratedTable | None]:
     """The table without prices, calibrated where there are samples; `memory` keeps what is probed."""
-    found, exact = ready.survey, settings.allocator == FULL_RANK
+    found, exact, spectral = ready.survey, settings.allocator == FULL_RANK, settings.allocator in SPECTRAL
     if source.samples is None or exact or ready.racer.as_float32:
         with phases.phase("decompose") as advance:
             methods = tuple(ready.methods.values())
-            return tabulate(found.layers, methods, grid_of, cache, advance, exact_only=exact), None
+            rows = tabulate(found.layers, methods, grid_of, cache, advance, exact_only=exact, spectral=spectral)
+            return rows, None
     given = _calibration(source, ready, settings, source.samples, cache.folder, memory)
-    calibrated = CalibratedTable(source.graph, found.layers, ready.methods, grid_of, cache, given, phases)
+    calibrated = CalibratedTable(source.graph, found.layers, ready.methods, grid_of, cache, given, phases, spectral)
     return calibrated.rows(), calibrated
 
 

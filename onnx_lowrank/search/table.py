@@ -9,10 +9,12 @@ from joblib import Parallel, cpu_count, delayed
 from threadpoolctl import threadpool_limits
 
 from onnx_lowrank.candidates import Candidate, Grid, candidate, keep
-from onnx_lowrank.decomposition import Decomposition, Rank
+from onnx_lowrank.decomposition import Decomposition, Factorization, Rank
 from onnx_lowrank.latency.chains import Pricer
 from onnx_lowrank.latency.pieces import Job
 from onnx_lowrank.layer import Array, Layer, LayerShape
+from onnx_lowrank.linalg import output_norm
+from onnx_lowrank.passes.decompose.whitened import usable
 from onnx_lowrank.search.factorizations import FactorizationCache
 
 Progress = Callable[[int, int], None]
@@ -54,6 +56,7 @@ def tabulate(
     progress: Progress,
     *,
     exact_only: bool = False,
+    spectral: bool = False,
 ) -> list[Row]:
     """Decompose every layer by every method and keep the candidates worth timing.
 
@@ -64,8 +67,10 @@ def tabulate(
         cache: Receives the factorizations.
         progress: Told how many layers are done.
         exact_only: Only the ranks that reproduce the weight, for a check of the rewriting itself.
+        spectral: Tell the spectral errors of what is kept, too.
     """
-    work = (delayed(row_of)(layer, methods, grid_of(layer), cache, exact_only=exact_only) for layer in layers)
+    asked = {"exact_only": exact_only, "spectral": spectral}
+    work = (delayed(row_of)(layer, methods, grid_of(layer), cache, **asked) for layer in layers)
     rows: list[Row] = []
     workers = Parallel(n_jobs=most_workers(), backend="threading", return_as="generator")
     with one_blas_thread():
@@ -97,6 +102,7 @@ def row_of(
     cache: FactorizationCache,
     *,
     exact_only: bool = False,
+    spectral: bool = False,
     gram: Array | None = None,
     workers: int = 1,
 ) -> Row:
@@ -108,6 +114,7 @@ def row_of(
         grid: The ranks worth a look.
         cache: Receives the factorizations.
         exact_only: As for `tabulate`.
+        spectral: As for `tabulate`.
         gram: Second moment of the layer's unfolded input, see `Decomposition.factorize`.
         workers: Methods that are tried at once.
     """
@@ -133,7 +140,35 @@ def row_of(
     found: list[list[Candidate]] = Parallel(n_jobs=workers, backend="threading")(work)  # pyright: ignore[reportAssignmentType] - joblib's stub: list of Any or None
     options = [option for each in found for option in each]
     chosen = options if exact_only else grid.worth_timing(options)
+    if spectral:
+        named = {option.method for option in chosen}
+        made = {m.name: cache.make(layer, m, weight, gram) for m in accepted if m.name in named}
+        chosen = with_spectral_errors(chosen, made, weight, gram)
     return Row(layer, (keep(layer), *chosen), refusals)
+
+
+def with_spectral_errors(
+    options: Sequence[Candidate], made: Mapping[str, Factorization], weight: Array, gram: Array | None = None
+) -> list[Candidate]:
+    """One layer's candidates with the spectral norm of what each of them cuts, relative to the layer's.
+
+    Args:
+        options: Of decompositions.
+        made: Method -> the weight's factorization.
+        weight: (g, S, C, *kernel).
+        gram: What it was factorized with.
+    """
+    moment = usable(gram)
+    known = [made[option.method].spectral_error(option.rank) for option in options]
+    largest = output_norm(weight, moment) if None in known else 1.0
+
+    def measured(option: Candidate) -> float:
+        if option.chain is None or largest <= 0:
+            return 0.0
+        return output_norm(weight - option.chain.dense(made[option.method].factors(option.rank)), moment) / largest
+
+    errors = [measured(option) if error is None else error for option, error in zip(options, known, strict=True)]
+    return [replace(option, spectral_error=error) for option, error in zip(options, errors, strict=True)]
 
 
 def _refusal(method: Decomposition, shape: LayerShape, gram: Array | None) -> str | None:

@@ -21,7 +21,7 @@ import numpy as np
 from scipy.linalg import cho_solve
 
 from onnx_lowrank.chain import Chain, Stage
-from onnx_lowrank.decomposition import Decomposition, Factorization, Rank, spaced
+from onnx_lowrank.decomposition import Decomposition, Factorization, Rank, require_counts, spaced
 from onnx_lowrank.layer import Array, LayerShape
 from onnx_lowrank.linalg import scaled_root
 from onnx_lowrank.passes.decompose.fitted import Fitted
@@ -68,7 +68,7 @@ class BlockFit(Fitted):
         groups, out, in_ = weight.shape[:3]
         self._flat = self.weight.reshape(groups, out, in_, -1)
         self._bases = [
-            (subspaces([w.transpose(1, 0, 2).reshape(in_, -1)])[0][0], subspaces([w.reshape(out, -1)])[0][0])
+            (subspaces([w.transpose(1, 0, 2).reshape(in_, -1)])[0], subspaces([w.reshape(out, -1)])[0])
             for w in self._flat
         ]
 
@@ -182,6 +182,10 @@ class BlockTerm(Decomposition):
     on_request: ClassVar[str] = "every rank is fitted by iteration, minutes for wide layers"
     structure: ClassVar[int] = 1
     by_rank: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Refuse negative numbers of starts and sweeps."""
+        require_counts(restarts=self.restarts, sweeps=self.sweeps)
 
     def refusal(self, shape: LayerShape) -> str | None:
         """Refuse what has no kernel, or a side with one channel."""

@@ -23,7 +23,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from onnx_lowrank.chain import Chain, Stage
-from onnx_lowrank.decomposition import Decomposition, Factorization, Rank
+from onnx_lowrank.decomposition import Decomposition, Factorization, Rank, require_counts
 from onnx_lowrank.layer import Array, LayerShape, Shape
 from onnx_lowrank.passes.decompose.cp_als import Problem, Terms, exact_terms
 from onnx_lowrank.passes.decompose.fitted import Fitted
@@ -128,6 +128,10 @@ class CpBase(Decomposition):
     by_rank: ClassVar[bool] = True
     restarts: int
     sweeps: int
+
+    def __post_init__(self) -> None:
+        """Refuse negative numbers of starts and sweeps."""
+        require_counts(restarts=self.restarts, sweeps=self.sweeps)
 
     @abstractmethod
     def axes(self, shape: LayerShape) -> Sequence[Shape]:

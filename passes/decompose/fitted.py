@@ -58,9 +58,7 @@ class Fitted(Factorization):
         metric = usable(gram)
         self._product = self._matrix if metric is None else self._matrix @ metric
         self._gram = None if metric is None else working(metric)
-        energy = self._product @ self._matrix.swapaxes(1, 2)
-        self._total = float(np.trace(energy, axis1=1, axis2=2).sum())
-        self._largest = float(np.linalg.eigvalsh(energy).max(initial=0.0))
+        self._total = float(np.vdot(self._product, self._matrix))
         self._only = None if metric is None else most
         self._fits: dict[Rank, _Fit] = {}
         self._told: dict[Rank, tuple[float, Rank]] = {}
@@ -85,10 +83,6 @@ class Fitted(Factorization):
         """Relative error in the metric of the fit: of the fit itself, or what a higher rank was told to have."""
         return self._answer(rank)[0]
 
-    def spectral_error(self, rank: Rank) -> float:
-        """Frobenius norm of what is cut, relative to the output unfolding's largest singular value: an upper bound."""
-        return self.error(rank) * math.sqrt(self._total / self._largest) if self._largest > 0 else 0.0
-
     def factors(self, rank: Rank) -> tuple[Array, ...]:
         """Weights of the stages: the best fit so far at or below `rank`."""
         at = self._answer(rank)[1]
@@ -111,7 +105,10 @@ class Fitted(Factorization):
         return rank[:cut] == other[:cut] and all(a <= b for a, b in zip(rank, other, strict=True))
 
     def _answer(self, rank: Rank) -> tuple[float, Rank]:
-        if rank not in self._told:
+        if rank not in self._told and rank == self.method.exact_rank(self.shape):
+            self._fits[rank] = _Fit(self.exact(), 0.0)
+            self._told[rank] = 0.0, rank
+        elif rank not in self._told:
             lower = self.lower(rank) or ()
             for each in (rank, *lower) if rank == self._only else (*lower, rank):
                 if each not in self._fits:
@@ -132,7 +129,7 @@ class Fitted(Factorization):
 
     def _made(self, rank: Rank) -> _Fit:
         chain, factors = self.method.chain(self.shape, rank), self._start(rank)
-        if rank == self.method.exact_rank(self.shape) or self._total <= 0:
+        if self._total <= 0:
             return _Fit(factors, 0.0)
         if self._gram is None:
             error = float(np.linalg.norm(self.weight - chain.dense(factors))) / math.sqrt(self._total)

@@ -50,9 +50,6 @@ class VanLoan(Factorization):
         self._weight = weight[0]
         self._values: dict[Shape, Array] = {}
         self._made: tuple[Shape, Spectrum] | None = None
-        unfolding = self._weight.reshape(len(self._weight), -1)
-        largest = float(np.linalg.eigvalsh(unfolding @ unfolding.T)[-1])
-        self._scale = float(np.linalg.norm(unfolding)) / math.sqrt(largest) if largest > 0 else 0.0
 
     def error(self, rank: Rank) -> float:
         """Relative Frobenius error, exact."""
@@ -60,10 +57,6 @@ class VanLoan(Factorization):
         if mine not in self._values:
             self._values[mine] = singular_values(self._rearranged(mine))
         return tail(self._values[mine], terms)
-
-    def spectral_error(self, rank: Rank) -> float:
-        """Frobenius norm of what is cut, relative to the output unfolding's largest singular value: an upper bound."""
-        return self.error(rank) * self._scale
 
     def best(self, shares: Mapping[Rank, float]) -> list[Rank]:
         """Of every budget the rank with the least error; the cheapest one where none is within any."""

@@ -23,7 +23,7 @@ from typing import ClassVar
 import numpy as np
 
 from onnx_lowrank.chain import Chain
-from onnx_lowrank.decomposition import Rank
+from onnx_lowrank.decomposition import Rank, halves, split_axis
 from onnx_lowrank.layer import Array, LayerShape
 from onnx_lowrank.linalg import spectrum
 from onnx_lowrank.passes.decompose.network import NO_GROUPS, ON_REQUEST, Link, NetworkFormat, network
@@ -120,8 +120,8 @@ class SemiTensorTrain(SemiTensorFormat):
 
     def limits(self, shape: LayerShape, ratio: int) -> Rank:
         """Both sides, and the smaller side of the whole core between the stages."""
-        first, last = shape.kernel[:1], shape.kernel[1:]
-        middle = min(shape.in_ * math.prod(first), shape.out * math.prod(last))
+        first, last = (math.prod(kernel) for kernel in halves(shape.kernel))
+        middle = min(shape.in_ * first, shape.out * last)
         return shape.in_ // ratio * ratio, middle, shape.out // ratio * ratio
 
     def steps(self, ratio: int) -> Rank:
@@ -132,8 +132,9 @@ class SemiTensorTrain(SemiTensorFormat):
         """Four stages, the outer two folded."""
         ratio, r_in, middle, r_out = rank
         sizes = _sides(shape, ratio) | {"p": r_in // ratio, "q": r_out // ratio, "r": middle}
-        rest = tuple(range(1, len(shape.kernel)))
-        links = (Link("c", "p"), Link("np", "r", (0,) if shape.kernel else ()), Link("r", "mq", rest), Link("q", "s"))
+        axes, one = range(len(shape.kernel)), split_axis(shape.kernel)
+        first, rest = (tuple(axis for axis in axes if (axis == one) == mine) for mine in (True, False))
+        links = (Link("c", "p"), Link("np", "r", first), Link("r", "mq", rest), Link("q", "s"))
         return network(self.name, shape, links, "cn", "sm", sizes)
 
     def algorithm(self, weight: Array) -> Train:
@@ -212,14 +213,15 @@ class Tucker:
 
 
 class Train(Tucker):
-    """Tucker, and the truncated SVD of its core with rows (m, q, later axes) and columns (n, p, first axis)."""
+    """Tucker, and the truncated SVD of its core with rows (m, q, other axes) and columns (n, p, one axis)."""
 
     def __call__(self, rank: Rank) -> tuple[Array, ...]:
         """First (1, p, c, 1..), (1, r, n, p, k_1, 1..), (1, m, q, r, 1, k_2 ..), last (1, s, q, 1..)."""
         ratio, r_in, middle, r_out = rank
         first, core, last = super().__call__((ratio, r_in, r_out))
-        head, rest = self._kernel[:1], self._kernel[1:]
-        split = core.reshape(r_out, r_in, math.prod(head), math.prod(rest)).transpose(0, 3, 1, 2)
+        head, rest = halves(self._kernel)
+        before = math.prod(self._kernel[: split_axis(self._kernel)])
+        split = core.reshape(r_out, r_in, before, math.prod(head), -1).transpose(0, 2, 4, 1, 3)
         matrix = split.reshape(1, r_out * math.prod(rest), -1)
         rank_of = min(middle, *matrix.shape[1:])
         a, b = (np.zeros((matrix.shape[1], middle)), np.zeros((middle, matrix.shape[2])))
@@ -228,8 +230,8 @@ class Train(Tucker):
         outer = a.reshape(r_out, math.prod(rest), middle).swapaxes(1, 2)
         return (
             first,
-            b.reshape(1, middle, ratio, r_in // ratio, *head, *(1 for _ in rest)),
-            outer.reshape(1, ratio, r_out // ratio, middle, *(1 for _ in head), *rest),
+            b.reshape(1, middle, ratio, r_in // ratio, *head),
+            outer.reshape(1, ratio, r_out // ratio, middle, *rest),
             last,
         )
 

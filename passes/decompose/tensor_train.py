@@ -18,7 +18,7 @@ from typing import ClassVar
 import numpy as np
 
 from onnx_lowrank.chain import Chain, Stage
-from onnx_lowrank.decomposition import Decomposition, Factorization, Rank, spaced
+from onnx_lowrank.decomposition import Decomposition, Factorization, Rank, halves, spaced, split_axis
 from onnx_lowrank.layer import Array, LayerShape, Shape
 from onnx_lowrank.linalg import spectrum
 from onnx_lowrank.passes.decompose.fitted import Fitted
@@ -41,10 +41,10 @@ class Train(Factorization):
         self._first, self._rest = first, rest
         groups, out, in_ = weight.shape[:3]
         flat = weight.astype(np.float64, copy=False).reshape(groups, out, in_, -1)
-        self._out, values = subspaces([w.reshape(out, -1) for w in flat])
-        self._in, _ = subspaces([w.transpose(1, 0, 2).reshape(in_, -1) for w in flat])
+        self._out = subspaces([w.reshape(out, -1) for w in flat])
+        self._in = subspaces([w.transpose(1, 0, 2).reshape(in_, -1) for w in flat])
         self._core = core_of(flat, self._out, self._in)
-        self._total, self._largest = float(np.vdot(flat, flat)), float(values.max(initial=0.0))
+        self._total = float(np.vdot(flat, flat))
         self._kept: dict[tuple[int, int], Array] = {}
 
     def error(self, rank: Rank) -> float:
@@ -60,10 +60,6 @@ class Train(Factorization):
         kept = self._kept[left, right]
         lost = 1.0 - float(kept[min(middle, len(kept)) - 1]) / self._total
         return math.sqrt(lost) if lost > 1e-14 else 0.0
-
-    def spectral_error(self, rank: Rank) -> float:
-        """Frobenius norm of what is cut, relative to the output unfolding's largest singular value: an upper bound."""
-        return self.error(rank) * math.sqrt(self._total) / self._largest if self._largest > 0 else 0.0
 
     def factors(self, rank: Rank) -> tuple[Array, ...]:
         """Weights (g, r1, C, 1..), (g, r2, r1, *k_first), (g, r3, r2, *k_rest), (g, S, r3, 1..)."""
@@ -92,7 +88,7 @@ class CalibratedTrain(Fitted):
 
     def __init__(self, method: TensorTrain, weight: Array, gram: Array) -> None:
         super().__init__(method, weight, gram)
-        self._train = Train(weight, *method.halves(self.shape))
+        self._train = Train(weight, *halves(self.shape.kernel))
 
     def fit(self, rank: Rank) -> tuple[Array, ...]:
         """The data-free train."""
@@ -111,12 +107,6 @@ class TensorTrain(Decomposition):
     by_rank: ClassVar[bool] = True
     on_request: ClassVar[str] = "it has three ranks, and so many chains to time"
 
-    def halves(self, shape: LayerShape) -> tuple[Shape, Shape]:
-        """Kernels of the two stages in the middle: the first axis longer than one, and the others."""
-        axis = next(axis for axis, k in enumerate(shape.kernel) if k > 1)
-        first = tuple(k if i == axis else 1 for i, k in enumerate(shape.kernel))
-        return first, tuple(1 if i == axis else k for i, k in enumerate(shape.kernel))
-
     def refusal(self, shape: LayerShape) -> str | None:
         """Refuse what has no two spatial axes, or a side with one channel."""
         if shape.is_matrix:
@@ -129,7 +119,7 @@ class TensorTrain(Decomposition):
 
     def ranks(self, shape: LayerShape, block: int) -> Sequence[Rank]:
         """Ends that keep about the same share of their channels, middles from the smaller end up."""
-        first, rest = (math.prod(kernel) for kernel in self.halves(shape))
+        first, rest = (math.prod(kernel) for kernel in halves(shape.kernel))
         found: list[Rank] = []
         for left in spaced(shape.in_, block):
             for right in spaced(shape.out, block):
@@ -142,9 +132,9 @@ class TensorTrain(Decomposition):
     def chain(self, shape: LayerShape, rank: Rank) -> Chain:
         """Four stages, the two in the middle carry the kernel."""
         left, middle, right = rank
-        first, rest = self.halves(shape)
+        first, rest = halves(shape.kernel)
         n, ones = len(shape.kernel), (1,) * len(shape.kernel)
-        one = next(axis for axis, k in enumerate(first) if k > 1)
+        one = split_axis(shape.kernel)
         others = tuple(axis for axis in range(n) if axis != one)
         k = "hwd"[:n]
         early = "".join(k[axis] if axis == one else "ABD"[axis] for axis in range(n))
@@ -163,12 +153,12 @@ class TensorTrain(Decomposition):
     def factorize(self, weight: Array, gram: Array | None = None, *, most: Rank | None = None) -> Factorization:  # noqa: ARG002 - one pair of bases serves every rank
         """Bases of both ends of every group; the last stage solved for the outputs if there is a second moment."""
         moment = usable(gram)
-        groups, out, in_, *kernel = weight.shape
+        kernel = weight.shape[3:]
         if moment is None:
-            return Train(weight, *self.halves(LayerShape(groups, out, in_, tuple(kernel))))
+            return Train(weight, *halves(kernel))
         return CalibratedTrain(self, weight, moment)
 
     def exact_rank(self, shape: LayerShape) -> Rank:
         """Full rank at both ends and in the middle."""
-        first, rest = (math.prod(kernel) for kernel in self.halves(shape))
+        first, rest = (math.prod(kernel) for kernel in halves(shape.kernel))
         return (shape.in_, min(shape.in_ * first, shape.out * rest), shape.out)

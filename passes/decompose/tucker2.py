@@ -21,7 +21,7 @@ from typing import ClassVar
 import numpy as np
 
 from onnx_lowrank.chain import Chain, Stage
-from onnx_lowrank.decomposition import Decomposition, Factorization, Rank, aligned
+from onnx_lowrank.decomposition import Decomposition, Factorization, Rank, aligned, require_counts
 from onnx_lowrank.layer import Array, LayerShape
 from onnx_lowrank.linalg import leading_subspace
 from onnx_lowrank.passes.decompose.whitened import Whitened, arrange, usable
@@ -39,8 +39,8 @@ class TuckerCore(Factorization):
     def __init__(self, weight: Array, kernel: tuple[int, ...], sweeps: int) -> None:
         self._weight, self._kernel, self._sweeps = weight, kernel, sweeps
         _, out, in_, _ = weight.shape
-        self._out, self._out_values = subspaces([w.reshape(out, -1) for w in weight])
-        self._in, _ = subspaces([w.transpose(1, 0, 2).reshape(in_, -1) for w in weight])
+        self._out = subspaces([w.reshape(out, -1) for w in weight])
+        self._in = subspaces([w.transpose(1, 0, 2).reshape(in_, -1) for w in weight])
         core = core_of(weight, self._out, self._in)
         self._energy = np.square(core).sum(axis=(0, 3)).cumsum(axis=0).cumsum(axis=1)
 
@@ -51,15 +51,6 @@ class TuckerCore(Factorization):
         if total <= 0 or (r_out, r_in) == self._energy.shape:
             return 0.0
         return math.sqrt(max(0.0, 1.0 - float(self._energy[r_out - 1, r_in - 1]) / total))
-
-    def spectral_error(self, rank: Rank) -> float:
-        """Frobenius norm of what is cut, relative to the output unfolding's largest singular value.
-
-        The discarded singular values of the two unfoldings give no bound: HOOI moves the bases, and what the input side
-        cuts may be larger in the output unfolding than in its own.
-        """
-        largest = float(self._out_values.max(initial=0.0))
-        return self.error(rank) * math.sqrt(float(self._energy[-1, -1])) / largest if largest > 0 else 0.0
 
     def factors(self, rank: Rank) -> tuple[Array, ...]:
         """Weights (g, r1, C, 1..), (g, r2, r1, *k), (g, S, r2, 1..)."""
@@ -101,7 +92,6 @@ class CalibratedCore(Factorization):
         _, out, in_, taps = weight.shape
         bases = [np.linalg.eigh(group.product @ group.weight.T) for group in groups]
         self._out = np.stack([vectors[:, ::-1][:, : most[1]] for _, vectors in bases])
-        self._largest = max(float(values[-1]) for values, _ in bases)
         self._in = np.stack([group.rows(min(in_, out * taps, most[0]))[0] for group in groups])
         self._fits = [group.fit(*pair) for group, *pair in zip(groups, self._in, self._out, strict=True)]
         self._total = sum(group.total for group in groups)
@@ -115,10 +105,6 @@ class CalibratedCore(Factorization):
             return 0.0
         explained = float(self._explained[min(r_in, len(self._explained)) - 1, r_out - 1])
         return math.sqrt(max(0.0, 1.0 - explained / self._total))
-
-    def spectral_error(self, rank: Rank) -> float:
-        """Root of the output energy cut, relative to the outputs' largest principal component: an upper bound."""
-        return self.error(rank) * math.sqrt(self._total / self._largest) if self._largest > 0 else 0.0
 
     def factors(self, rank: Rank) -> tuple[Array, ...]:
         """Weights (g, r1, C, 1..), (g, r2, r1, *k), (g, S, r2, 1..)."""
@@ -153,10 +139,9 @@ def core_of(weight: Array, u_out: Array, u_in: Array) -> Array:
     return (u_in.swapaxes(1, 2) @ half).reshape(groups, u_in.shape[2], -1, taps).swapaxes(1, 2)
 
 
-def subspaces(unfoldings: list[Array]) -> tuple[Array, Array]:
-    """Left singular vectors and values of every matrix of a list, stacked."""
-    pairs = [leading_subspace(matrix, len(matrix)) for matrix in unfoldings]
-    return np.stack([basis for basis, _ in pairs]), np.stack([values for _, values in pairs])
+def subspaces(unfoldings: list[Array]) -> Array:
+    """Left singular vectors of every matrix of a list, stacked."""
+    return np.stack([leading_subspace(matrix, len(matrix))[0] for matrix in unfoldings])
 
 
 @dataclass(frozen=True)
@@ -165,6 +150,10 @@ class Tucker2(Decomposition):
 
     sweeps: int = 3
     name: ClassVar[str] = "tucker2"
+
+    def __post_init__(self) -> None:
+        """Refuse a negative number of sweeps."""
+        require_counts(sweeps=self.sweeps)
 
     def refusal(self, shape: LayerShape) -> str | None:
         """Refuse what has no kernel, or a side with one channel."""

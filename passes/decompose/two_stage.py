@@ -37,9 +37,9 @@ class UnfoldingCut(Factorization):
         """Relative Frobenius error, exact."""
         return self._cut.tail(rank[0])
 
-    def spectral_error(self, rank: Rank) -> float:
-        """First singular value cut, relative to the largest, exact."""
-        return self._cut.next_value(rank[0])
+    def spectral_error(self, rank: Rank) -> float | None:
+        """First singular value cut, relative to the largest, where the unfolding is that of the outputs."""
+        return self._cut.next_value(rank[0]) if _of_outputs(self._last) else None
 
     def factors(self, rank: Rank) -> tuple[Array, ...]:
         """Weights (g, r, C, *k_F) and (g, S, r, *k_L)."""
@@ -77,11 +77,10 @@ class CalibratedCut(Factorization):
         explained = float(self._explained[min(rank[0], len(self._explained)) - 1])
         return math.sqrt(max(0.0, 1.0 - explained / self._total))
 
-    def spectral_error(self, rank: Rank) -> float:
-        """First singular value cut of the unfolding times H^(1/2), relative to the largest, H the averaged moment.
-
-        Exact where the first stage carries the whole kernel, as H is then all of G.
-        """
+    def spectral_error(self, rank: Rank) -> float | None:
+        """First singular value of M G^(1/2) that is cut, relative to the largest, where M is the output unfolding."""
+        if not _of_outputs(self._last):
+            return None
         largest = self._values.max(initial=0.0)
         if self._full(rank) or largest <= 0:
             return 0.0
@@ -103,6 +102,11 @@ class CalibratedCut(Factorization):
 
     def _full(self, rank: Rank) -> bool:
         return rank[0] >= min(self._unfolding.shape[1:])
+
+
+def _of_outputs(last: Shape) -> bool:
+    """Whether the first stage carries the whole kernel."""
+    return math.prod(last[2:]) == 1
 
 
 def _stages(a: Array, b: Array, first: Shape, last: Shape) -> tuple[Array, Array]:

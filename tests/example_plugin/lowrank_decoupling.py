@@ -15,13 +15,10 @@ class Filters(Factorization):
     def __init__(self, weight):
         _, out, in_, *self.kernel = weight.shape
         self.u, self.sigma, self.v = np.linalg.svd(weight.reshape(out, in_, -1), full_matrices=False)
-        self.frobenius, self.spectral = (np.linalg.norm(weight.reshape(out, -1), order) or 1.0 for order in ("fro", 2))
+        self.norm = np.linalg.norm(weight) or 1.0
 
     def error(self, rank):
-        return float(np.linalg.norm(self.sigma[:, rank[0] :]) / self.frobenius)
-
-    def spectral_error(self, rank):
-        return float(np.linalg.norm(self.sigma[:, rank[0] :]) / self.spectral)
+        return float(np.linalg.norm(self.sigma[:, rank[0] :]) / self.norm)
 
     def factors(self, rank):
         (r,), (out, in_, _) = rank, self.u.shape
