@@ -98,6 +98,39 @@ def test_correlated_inputs_are_approximated_better_than_the_weight_was(
         assert made.error(rank) < measured(method, plain, weight, gram, rank)
 
 
+def never_worse(method: Decomposition, shape: LayerShape, seed: int) -> None:
+    """Few inputs that are seldom negative, as behind a ReLU: there the averaged moment misleads most."""
+    rng = np.random.default_rng(seed)
+    seen = np.maximum(rng.standard_normal((6, shape.inputs)) @ rng.standard_normal((shape.inputs, shape.inputs)), 0)
+    gram = (seen.T @ seen / 6)[None]
+    gram += 1e-3 * np.trace(gram[0]) / shape.inputs * np.eye(shape.inputs)
+    weight = rng.standard_normal(shape.weight)
+    plain, made = method.factorize(weight), method.factorize(weight, gram)
+    for rank in method.ranks(shape, 1)[:4]:
+        assert made.error(rank) <= measured(method, plain, weight, gram, rank) + 1e-6
+        assert made.error(rank) == pytest.approx(measured(method, made, weight, gram, rank), abs=1e-5)
+
+
+@pytest.mark.parametrize("seed", [268, 476, 992, 1268, 2842])
+@every_method
+def test_calibrated_factors_are_never_worse_than_those_of_the_weight(method: Decomposition, seed: int) -> None:
+    never_worse(method, LayerShape(1, 16, 4, (3, 3)) if seed % 2 else LayerShape(1, 4, 16, (3, 3)), seed)
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    st.sampled_from(["spatial_svd", "spatial_svd_reversed", "svd_input", "svd", "grouped_svd"]),
+    st.integers(2, 8),
+    st.integers(2, 8),
+    st.sampled_from([(3, 3), (1, 3, 2)]),
+    st.integers(0, 999),
+)
+def test_formats_that_try_the_rows_of_the_weight_are_never_worse(
+    name: str, out: int, in_: int, kernel: Shape, seed: int
+) -> None:
+    never_worse(METHODS[name], LayerShape(1, out, in_, kernel), seed)
+
+
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if isinstance(method, TwoStage)])
 def test_the_last_stage_cannot_be_improved(name: str) -> None:
     shape, method = LayerShape(1, 6, 5, (3, 3)), METHODS[name]

@@ -5,7 +5,8 @@ its own, W_i ~ A_i B_i with j components, and the last stage adds the slices up.
 per component and share none of them.
 
 Calibrated, B_i spans the best row space for slice i's own block of the second moment, and all A_i are the least-squares
-solution on the whole moment, for every j at once.
+solution on the whole moment, for every j at once. With several slices these B_i are not the best ones, so the data-free
+ones get their A_i, too, and every j the better of both.
 
 Weights per group of the layer: j (C prod kernel + k S). The rank is (k, j).
 """
@@ -23,6 +24,7 @@ from onnx_lowrank.chain import Chain, Stage
 from onnx_lowrank.decomposition import Decomposition, Factorization, Rank, aligned
 from onnx_lowrank.layer import Array, LayerShape
 from onnx_lowrank.linalg import NestedFit, singular_values, spectrum, tail, whitened_rows
+from onnx_lowrank.passes.decompose.two_stage import balanced
 from onnx_lowrank.passes.decompose.whitened import usable
 
 
@@ -74,18 +76,18 @@ class CalibratedSlices(Factorization):
         outputs = self._product @ self._matrix.swapaxes(1, 2)
         self._total = float(np.trace(outputs, axis1=1, axis2=2).sum())
         self._largest = float(np.linalg.eigvalsh(outputs).max(initial=0.0))
-        self._made: dict[int, tuple[Array, Array, Array]] = {}
+        self._made: dict[int, tuple[Array, list[tuple[Array, Array]]]] = {}
 
     def error(self, rank: Rank) -> float:
         """Relative output error sqrt(tr(D G D^T) / tr(M G M^T)), exact."""
         if self._full(rank) or self._total <= 0:
             return 0.0
-        explained = self._of(rank[0])[2]
-        return math.sqrt(max(0.0, 1.0 - float(explained[min(rank[1], len(explained)) - 1]) / self._total))
+        explained = self._best(rank)[1]
+        return math.sqrt(max(0.0, 1.0 - _at(explained, rank) / self._total))
 
     def spectral_error(self, rank: Rank) -> float:
         """The same as without second moment, of every slice times the root of its own block of G."""
-        values = self._of(rank[0])[1][:, rank[1] :]
+        values = self._of(rank[0])[0][:, rank[1] :]
         if self._full(rank) or not values.size or self._largest <= 0:
             return 0.0
         return math.sqrt(rank[0]) * float(values.max() / math.sqrt(self._largest))
@@ -96,16 +98,17 @@ class CalibratedSlices(Factorization):
             return _stages(self._weight, rank, *spectrum(_slices(self._weight, rank[0])).truncated(rank[1]))
         count, j = rank
         groups, out = self._matrix.shape[:2]
-        rows = self._of(count)[0][:, :j]
+        rows = self._best(rank)[0][:, :j]
         fits = self._fits(rows.reshape(groups, count, *rows.shape[1:]))
         solved = [fit.solve(count * rows.shape[1]).reshape(-1, count, out).transpose(1, 2, 0) for fit in fits]
         a, b = np.concatenate(solved), rows
-        scale = np.sqrt(np.linalg.norm(a, axis=1))  # rows of B have unit length: shared evenly
-        scale = np.where(scale > 0, scale, 1.0)
-        return _stages(self._weight, rank, a / scale[:, None], b * scale[:, :, None])
+        return _stages(self._weight, rank, *balanced(a, b))
 
-    def _of(self, count: int) -> tuple[Array, Array, Array]:
-        """Rows B of every slice (g k, J, n/k), their singular values, and what the first j of all slices explain."""
+    def _best(self, rank: Rank) -> tuple[Array, Array]:
+        return max(self._of(rank[0])[1], key=lambda tried: _at(tried[1], rank))
+
+    def _of(self, count: int) -> tuple[Array, list[tuple[Array, Array]]]:
+        """Singular values of all slices; calibrated and data-free rows B (g k, J, n/k), each with what j explain."""
         if count not in self._made:
             cut = _slices(self._weight, count)
             groups, size = len(self._matrix), cut.shape[2]
@@ -114,11 +117,15 @@ class CalibratedSlices(Factorization):
             pairs = [whitened_rows(m, blocks[i // count, i % count, :, i % count], most) for i, m in enumerate(cut)]
             rows, values = np.stack([pair[0] for pair in pairs]), np.stack([pair[1] for pair in pairs])
             limit = min(most, max(1, _worthwhile(cut.shape[1], size * count, count)))
-            rows = rows[:, :limit]
-            fits = self._fits(rows.reshape(groups, count, limit, size))
-            energy = sum(np.square(fit.explained).reshape(limit, -1).sum(axis=1) for fit in fits)
-            self._made[count] = rows, values, np.cumsum(energy)
+            tried = [rows[:, :limit], *([spectrum(cut).truncated(limit)[1]] if count > 1 else [])]
+            explained = [self._explained(each.reshape(groups, count, limit, size)) for each in tried]
+            self._made[count] = values, list(zip(tried, explained, strict=True))
         return self._made[count]
+
+    def _explained(self, rows: Array) -> Array:
+        """Of the outputs' energy, by the first j rows of all slices; rows are (g, k, J, n/k)."""
+        energy = sum(np.square(fit.explained).reshape(rows.shape[2], -1).sum(axis=1) for fit in self._fits(rows))
+        return np.cumsum(energy)
 
     def _fits(self, rows: Array) -> list[NestedFit]:
         """Least squares on the features of all slices of each group, in the order (component, slice)."""
@@ -133,6 +140,10 @@ class CalibratedSlices(Factorization):
 
     def _full(self, rank: Rank) -> bool:
         return rank[1] >= min(self._matrix.shape[1], self._matrix.shape[2] // rank[0])
+
+
+def _at(explained: Array, rank: Rank) -> float:
+    return float(explained[min(rank[1], len(explained)) - 1])
 
 
 def _slices(weight: Array, count: int) -> Array:

@@ -9,7 +9,8 @@ in the Frobenius norm (Eckart-Young). Everything else is reshaping:
 Weights per group: r (C prod k_F + S prod k_L).
 
 Calibrated, the metric is the output error: B spans the best row space for the inputs' second moment averaged over k_L,
-and A is the least-squares solution on the whole moment (passes.decompose.whitened).
+and A is the least-squares solution on the whole moment (passes.decompose.whitened). With several positions in k_L that
+B is not the best one, so the data-free B gets its A, too, and every rank the better of both.
 """
 
 from __future__ import annotations
@@ -46,6 +47,33 @@ class UnfoldingCut(Factorization):
         return _stages(*self._cut.truncated(rank[0]), self._first, self._last)
 
 
+class _Nested:
+    """Rows B (g, R, F) with their least squares: what the first r of them explain, and the last stages.
+
+    Args:
+        groups: Weight and second moment of each group; not kept.
+        rows: B.
+    """
+
+    def __init__(self, groups: Sequence[Whitened], rows: Array) -> None:
+        self._rows, self._last = rows, (len(groups[0].weight), groups[0].positions)
+        self._fits = [group.fit(each) for group, each in zip(groups, rows, strict=True)]
+        energy = sum(np.square(fit.explained).sum(axis=1) for fit in self._fits)
+        self.explained = np.cumsum(np.reshape(energy, (rows.shape[1], -1)).sum(axis=1))
+
+    def factors(self, rank: int) -> tuple[Array, Array]:
+        """A (g, S k_L, r) and B (g, r, F); beyond the rows there are, zeros."""
+        groups, most, inputs = self._rows.shape
+        count = min(rank, most)
+        out, positions = self._last
+        b, a = np.zeros((groups, rank, inputs)), np.zeros((groups, out * positions, rank))
+        b[:, :count] = self._rows[:, :count]
+        for solved, fit in zip(a, self._fits, strict=True):
+            coefficients = fit.solve(count * positions).reshape(count, positions, -1)
+            solved[:, :count] = coefficients.transpose(2, 1, 0).reshape(-1, count)
+        return balanced(a, b)
+
+
 class CalibratedCut(Factorization):
     """First stages nested in the rank, last stages solved in closed form; exact output errors at every rank.
 
@@ -63,19 +91,18 @@ class CalibratedCut(Factorization):
     def __init__(self, unfolding: Array, groups: Sequence[Whitened], most: int, first: Shape, last: Shape) -> None:
         self._unfolding, self._first, self._last = unfolding, first, last
         bases = [group.rows(most) for group in groups]
-        self._rows = np.stack([rows for rows, _ in bases])
         self._values = np.stack([values for _, values in bases])
-        self._fits = [group.fit(rows) for group, rows in zip(groups, self._rows, strict=True)]
         self._total = sum(group.total for group in groups)
-        energy = sum(np.square(fit.explained).sum(axis=1) for fit in self._fits)
-        self._explained = np.cumsum(np.reshape(energy, (most, -1)).sum(axis=1))
+        self._tried = [_Nested(groups, np.stack([rows for rows, _ in bases]))]
+        if not _of_outputs(last):
+            self._tried.append(_Nested(groups, spectrum(unfolding).truncated(most)[1]))
+        self._most = most
 
     def error(self, rank: Rank) -> float:
         """Relative output error sqrt(tr(D G D^T) / tr(M G M^T)), exact."""
         if self._full(rank) or self._total <= 0:
             return 0.0
-        explained = float(self._explained[min(rank[0], len(self._explained)) - 1])
-        return math.sqrt(max(0.0, 1.0 - explained / self._total))
+        return math.sqrt(max(0.0, 1.0 - self._explained(self._best(rank), rank) / self._total))
 
     def spectral_error(self, rank: Rank) -> float | None:
         """First singular value of M G^(1/2) that is cut, relative to the largest, where M is the output unfolding."""
@@ -84,21 +111,20 @@ class CalibratedCut(Factorization):
         largest = self._values.max(initial=0.0)
         if self._full(rank) or largest <= 0:
             return 0.0
-        return float(self._values[:, min(rank[0], self._rows.shape[1], self._values.shape[1] - 1)].max() / largest)
+        return float(self._values[:, min(rank[0], self._most, self._values.shape[1] - 1)].max() / largest)
 
     def factors(self, rank: Rank) -> tuple[Array, ...]:
         """Weights (g, r, C, *k_F) and (g, S, r, *k_L)."""
         if self._full(rank):
             return _stages(*_trivial(self._unfolding), self._first, self._last)
-        groups, most, inputs = self._rows.shape
-        count = min(rank[0], most)
-        b, a = np.zeros((groups, rank[0], inputs)), np.zeros((groups, self._unfolding.shape[1], rank[0]))
-        b[:, :count] = self._rows[:, :count]
-        positions = math.prod(self._last[2:])
-        for solved, fit in zip(a, self._fits, strict=True):
-            coefficients = fit.solve(count * positions).reshape(count, positions, -1)
-            solved[:, :count] = coefficients.transpose(2, 1, 0).reshape(-1, count)
-        return _stages(*_balanced(a, b), self._first, self._last)
+        a, b = self._best(rank).factors(rank[0])
+        return _stages(a, b, self._first, self._last)
+
+    def _best(self, rank: Rank) -> _Nested:
+        return max(self._tried, key=lambda nested: self._explained(nested, rank))
+
+    def _explained(self, nested: _Nested, rank: Rank) -> float:
+        return float(nested.explained[min(rank[0], self._most) - 1])
 
     def _full(self, rank: Rank) -> bool:
         return rank[0] >= min(self._unfolding.shape[1:])
@@ -117,7 +143,7 @@ def _stages(a: Array, b: Array, first: Shape, last: Shape) -> tuple[Array, Array
     return b.reshape(groups, rank, *first[2:]), weight.reshape(groups, out, rank, *kernel)
 
 
-def _balanced(a: Array, b: Array) -> tuple[Array, Array]:
+def balanced(a: Array, b: Array) -> tuple[Array, Array]:
     """The scale of each component shared evenly, so that both factors stay in range in half precision."""
     left, right = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=2)
     used = (left > 0) & (right > 0)
@@ -130,7 +156,7 @@ def _trivial(matrix: Array) -> tuple[Array, Array]:
     """M (g, m, n) as M I or I M: full rank without rounding error."""
     groups, rows, columns = matrix.shape
     eye = np.broadcast_to(np.eye(min(rows, columns)), (groups, *(min(rows, columns),) * 2))
-    return _balanced(eye, matrix) if rows <= columns else _balanced(matrix, eye)
+    return balanced(eye, matrix) if rows <= columns else balanced(matrix, eye)
 
 
 class TwoStage(Decomposition):
