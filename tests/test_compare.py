@@ -227,5 +227,28 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
 
 
+@pytest.mark.parametrize(
+    ("name", "external", "fault"),
+    [
+        ("keep-macs-0.5_svd.onnx", False, "to write to, the same file as"),
+        ("keep-macs-0.5_all.onnx", False, "to write to, the same file as"),
+        ("keep-macs-0.5_svd.onnx.data", True, "whose weights would replace"),
+    ],
+)
+def test_kept_networks_never_take_the_place_of_an_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured, name: str, *, external: bool, fault: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if external:
+        onnx.save(perceptron(), "model.onnx", save_as_external_data=True, location=name, size_threshold=64)
+    else:
+        save(perceptron(), tmp_path, name)
+    given = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    words = ["compare", "model.onnx" if external else name, "--passes", "svd,cp_spatial", "--keep-macs", "0.5"]
+    assert run([*words, "--threads", "1", "--models", "."]) == 2
+    assert fault in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == given
+
+
 def test_the_json_is_the_dataclass(found: Comparison) -> None:
     assert json.loads(found.to_json()) == json.loads(json.dumps(asdict(found)))

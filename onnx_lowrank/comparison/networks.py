@@ -100,6 +100,11 @@ def compared_networks(
     return tuple(_with_fronts(found))
 
 
+def file_name(goal: Goal, team: str) -> str:
+    """Of the network of a row."""
+    return f"{goal.kind}-{goal.value:g}_{team}.onnx"
+
+
 def teams_of(formats: Sequence[str]) -> Mapping[str, tuple[str, ...]]:
     """Name -> formats that are allowed together: each alone, the default ones among them, and all."""
     default = tuple(name for name in formats if name in default_decompositions())
@@ -145,7 +150,7 @@ def _measured(
 ) -> NetworkComparison:
     """The row with the figures of its network, which is realised, refitted, timed and compared."""
     with tempfile.TemporaryDirectory(prefix="network-", dir=field.folder) as room:
-        path = Path(room) / f"{settings.goal.kind}-{settings.goal.value:g}_{row.name}.onnx"
+        path = Path(room) / file_name(settings.goal, row.name)
         try:
             analysis = pursue(ground, settings, Path(room), phases, field.deadline, foretell=False)
             report = assemble(analysis, settings, path, phases, field.scores)
