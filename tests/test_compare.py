@@ -16,9 +16,11 @@ from onnx_lowrank.cli import run
 from onnx_lowrank.comparison import Comparison, compare
 from onnx_lowrank.comparison.networks import teams_of
 from onnx_lowrank.goals import KeepMacs, Speedup
+from onnx_lowrank.latency.child import MeasuringError
 from onnx_lowrank.layer import LayerShape
 from onnx_lowrank.passes.decompose import decompositions
 from onnx_lowrank.recipe import parse_passes
+from onnx_lowrank.search.racer import Racer
 
 pytestmark = pytest.mark.usefixtures("quick")
 Captured = pytest.CaptureFixture[str]
@@ -124,6 +126,23 @@ def test_with_samples_errors_are_of_outputs_and_networks_are_refitted(folder: Pa
     assert errors[0] is not None
     assert errors[1] is not None
     assert errors[0] < errors[1]
+
+
+def test_a_network_that_cannot_be_measured_costs_its_row(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Racer.best_level
+
+    def best(self: Racer, path: Path) -> object:
+        if "_svd_input" in path.name:
+            raise MeasuringError("died of signal 11", 0)
+        return real(self, path)
+
+    monkeypatch.setattr(Racer, "best_level", best)
+    settings = on_one_thread(passes=tuple(parse_passes("svd,svd_input,cp_spatial")))
+    found = compare(save(network(), folder, "dies.onnx"), GOALS[:1], settings)
+    rows = {row.name: row for row in found.networks}
+    assert not rows["svd_input"].reached
+    assert rows["svd_input"].reason == "its network failed: the measuring process died of signal 11"
+    assert rows["svd"].relative_error is not None
 
 
 def test_a_time_limit_ends_it(folder: Path) -> None:

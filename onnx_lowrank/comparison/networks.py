@@ -12,9 +12,10 @@ from pathlib import Path
 from onnx_lowrank.catalogue import default_decompositions
 from onnx_lowrank.comparison.model import Budget, NetworkComparison, on_front
 from onnx_lowrank.decomposition import Rank
-from onnx_lowrank.errors import InvalidResultError
+from onnx_lowrank.errors import InvalidResultError, LowRankError
 from onnx_lowrank.goals import Goal, Speedup
 from onnx_lowrank.latency.chains import ChainTimer
+from onnx_lowrank.latency.child import MeasuringError
 from onnx_lowrank.latency.measure import Paired
 from onnx_lowrank.metrics import Scores
 from onnx_lowrank.output import publish
@@ -154,12 +155,19 @@ def _measured(
         try:
             analysis = pursue(ground, settings, Path(room), phases, field.deadline, foretell=False)
             report = assemble(analysis, settings, path, phases, field.scores)
-        except InvalidResultError as error:
-            return replace(row, reason=error.got)
+        except LowRankError as error:
+            return replace(row, reason=_failure(error))
         if models is not None:
             publish(path, models / path.name)
     row = _told(row, report)
     return row if models is None else replace(row, file=str(models / path.name))
+
+
+def _failure(error: LowRankError) -> str:
+    """Why a row has no network: one that a provider dies of must not cost the others."""
+    if isinstance(error, InvalidResultError):
+        return error.got
+    return f"its network failed: {error.reason if isinstance(error, MeasuringError) else error.got}"
 
 
 def _told(row: NetworkComparison, report: Report) -> NetworkComparison:
