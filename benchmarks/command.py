@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks.zoo.results import Scalar
 
+LATE = "no result within"  # so many seconds: the reason of a process that was ended
 DONE, MISSED = 0, 3  # exit codes with a written model: goal reached, or not
 
 
@@ -135,7 +136,7 @@ def compare(model: Path, models: Path, options: Sequence[str], limit_s: float) -
     try:
         done = subprocess.run([*command, *options], capture_output=True, text=True, check=False, timeout=limit_s)
     except subprocess.TimeoutExpired:
-        return Compared(round(time.perf_counter() - started, 1), f"no result within {limit_s:.0f} s", {})
+        return Compared(round(time.perf_counter() - started, 1), f"{LATE} {limit_s:.0f} s", {})
     seconds, said = round(time.perf_counter() - started, 1), done.stderr.strip().splitlines()
     if done.returncode != DONE:
         return Compared(seconds, (said or ["no output"])[-1], {})

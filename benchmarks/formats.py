@@ -5,9 +5,10 @@
 The default formats of a network are one `onnx-lowrank compare` with the calibration data and refit, in a process of
 its own; every other format is another one. Both budgets come from one process. Rows go to `formats.json` (whole
 networks, each then evaluated on its task) and `formats_layers.json` (the best of a format for a layer) in
-`benchmarks/results` as they come; what is recorded is not run again, so that an interrupted run goes on where it was.
-A process that takes longer than the limit is ended, and recorded as such. `--together` mixes all formats, too, in one
-process: the longest.
+`benchmarks/results` as they come; what is recorded with the same options is not run again, so that an interrupted run
+goes on where it was (`tree` says of which commit a row is; `--again` measures anew). A process that takes longer than
+the limit is ended, and recorded as such until the limit is larger. `--together` mixes all formats, too, in one process:
+the longest.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from typing import Any
 from benchmarks import command
 from benchmarks.accuracy.experiment import task
 from benchmarks.accuracy.sweeps import SIXTY_FOUR_TOKENS
-from benchmarks.command import span
+from benchmarks.command import LATE, span
 from benchmarks.fashion import EMBEDDED, NETS
 from benchmarks.zoo import results
 from benchmarks.zoo.cache import default_cache
 from benchmarks.zoo.model import ZooModel
 from benchmarks.zoo.models import all_models
-from benchmarks.zoo.results import FOLDER, Scalar
+from benchmarks.zoo.results import FOLDER, Row, Scalar
 from onnx_lowrank.catalogue import all_decompositions, default_decompositions
 from onnx_lowrank.settings import Settings
 
@@ -37,9 +38,9 @@ NETWORKS = (EMBEDDED, "hed", "ocr_det", "minilm", "crepe_full")
 SHAPES = {"minilm": SIXTY_FOUR_TOKENS}
 GOALS = ("keep-macs 0.5", "speedup 2")
 LIMIT_S = 3600.0
-KEYS = ("model", "formats", "goal")
+KEYS = ("model", "formats", "goal", "options")
 LAYER_KEYS = (*KEYS, "layer")
-COLUMNS = (*KEYS, "reached", "relative_error", "params_kept", "macs_kept", "speedup", "ci95", "reason")
+COLUMNS = (*KEYS[:3], "reached", "relative_error", "params_kept", "macs_kept", "speedup", "ci95", "reason")
 
 
 @dataclass(frozen=True)
@@ -94,25 +95,35 @@ def cases(
 
 def run(case: Case, limit_s: float, *, again: bool = False, folder: Path = FOLDER) -> None:
     """Compare and evaluate, unless all rows of a case are recorded; record the rows."""
-    wanted = {(case.model.name, name, goal) for name in case.rows for goal in GOALS}
-    recorded = {tuple(row[key] for key in KEYS) for row in results.recorded("formats", folder)}
-    if not again and wanted <= recorded:
+    common: dict[str, Scalar] = {"options": " ".join(case.options)}
+    wanted = {(case.model.name, name, goal, common["options"]) for name in case.rows for goal in GOALS}
+    missing = wanted if again else wanted - _done(results.recorded("formats", folder), limit_s)
+    if not missing:
         return
     original = case.model.build(default_cache())
     with tempfile.TemporaryDirectory() as models:
         done = command.compare(original, Path(models), case.arguments(original), limit_s)
-        common: dict[str, Scalar] = {"process_seconds": done.seconds, "options": " ".join(case.options)}
-        for keys in sorted(wanted - recorded) if done.error else ():
-            row = {**dict(zip(KEYS, keys, strict=True)), "reached": False, "reason": done.error, **common}
+        took: dict[str, Scalar] = {"process_seconds": done.seconds, "limit_seconds": limit_s}
+        for keys in sorted(missing) if done.error else ():
+            row = {**dict(zip(KEYS, keys, strict=True)), "reached": False, "reason": done.error, **took}
             results.put("formats", row, KEYS, folder)
         for network in done.found.get("networks", ()):
-            row = _network(case.model, done.found, network) | common
+            row = _network(case.model, done.found, network) | common | took
             results.put("formats", row, KEYS, folder)
             print("  ".join(f"{key} {row[key]}" for key in COLUMNS if key in row), flush=True)
         for row in _layers(case.model, done.found):
-            results.put("formats_layers", row, LAYER_KEYS, folder)
+            results.put("formats_layers", row | common, LAYER_KEYS, folder)
     if done.error:
         print(f"{case.model.name} {case.rows[-1]}: {done.error}", flush=True)
+
+
+def _done(rows: Iterable[Row], limit_s: float) -> set[tuple[Scalar, ...]]:
+    """Keys of the rows that need not be run again; those that took too long may end within a larger limit."""
+
+    def late(row: Row) -> bool:
+        return str(row.get("reason")).startswith(LATE) and float(row.get("limit_seconds") or 0) < limit_s
+
+    return {tuple(row.get(key) for key in KEYS) for row in rows if not late(row)}
 
 
 def _network(model: ZooModel, found: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Scalar]:

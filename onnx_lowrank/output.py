@@ -60,9 +60,14 @@ def _folder_beside(out: Path) -> Path:
         raise InputError(f"{parent} ({error.strerror})", "a writable folder", "choose another") from error
 
 
+def data_of(path: Path) -> Path:
+    """The external data of a model that is written to `path`."""
+    return path.with_name(f"{path.name}.data")
+
+
 def publish(finished: Path, out: Path) -> None:
     """Move a finished file, its external data first, to where the user wants it: both or neither if interrupted."""
-    data = finished.with_name(finished.name + ".data")
+    data = data_of(finished)
     with _undisturbed():
         if data.exists():
             data.replace(out.with_name(data.name))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from benchmarks import candidate_table, formats
+from benchmarks import candidate_table, command, formats, rules
 from benchmarks.accuracy import samples
-from benchmarks.accuracy.experiment import CLOSED_FORM, Case, record
+from benchmarks.accuracy.experiment import CLOSED_FORM, Case, measure, record
 from benchmarks.accuracy.sweeps import Sweep, fashion
 from benchmarks.zoo import results
 from benchmarks.zoo.agreement import hits
@@ -159,7 +159,7 @@ def test_a_row_replaces_the_one_with_its_keys(tmp_path: Path) -> None:
         {"model": "a", "goal": 1, "top1": 0.2},
     ):
         results.put("found", row, ("model", "goal"), tmp_path)
-    where = {"date": results.today(), "cpu": results.cpu()}
+    where = {"date": results.today(), "cpu": results.cpu(), "tree": results.tree()}
     second, first = {"model": "a", "goal": 1, "top1": 0.2} | where, {"model": "b", "goal": 1} | where
     assert results.recorded("found", tmp_path) == [first, second]
     results.put("found", {**first, "date": "2026-01-01", "cpu": "another"}, ("model", "goal"), tmp_path)
@@ -257,6 +257,47 @@ def test_formats_are_compared_default_ones_together_and_what_is_recorded_is_skip
     ]
     formats.run(case, 0.01, folder=tmp_path)
     assert capsys.readouterr().out == "tiny svd: no result within 0 s\n"
+    for words, limit, again in (("--threads 1", 1.0, False), ("--threads 1", 0.01, True), ("--threads 2", 0.01, False)):
+        formats.run(replace(case, options=tuple(words.split())), limit, again=again, folder=tmp_path)
+        assert capsys.readouterr().out.startswith("tiny svd: no result within ")
+    rows = results.recorded("formats", tmp_path)
+    assert [(row["options"], row["reason"]) for row in rows] == [
+        (words, "no result within 0 s") for words in ("--threads 1", "--threads 2") for _ in formats.GOALS
+    ]
+
+
+def test_rules_are_run_once_on_measurements_of_the_default_and_alds_on_slices(zoo: Path, tmp_path: Path) -> None:
+    goals = [("--keep-macs", 0.5)]
+    wanted = list(rules.cases("embedded", goals, ["alds", "vbmf"], 1, tmp_path / "warm"))
+    assert [case.keys for case in wanted] == [
+        {"rule": "alds", "formats": "svd,grouped_svd", "threads": 1},
+        {"rule": "alds", "formats": "default,grouped_svd", "threads": 1},
+        {"rule": "vbmf", "formats": "default", "threads": 1},
+    ]
+    assert all("grouped_svd" in case.options[-1] for case in wanted[:2])
+    assert rules.missing(wanted, tmp_path) == wanted
+    results.put("rules", {**wanted[0].columns, **wanted[0].keys}, ("rule",), tmp_path)
+    assert rules.missing(wanted, tmp_path) == wanted[1:]
+    assert rules.missing(rules.cases("embedded", goals, ["alds"], 2, None), tmp_path)
+
+
+def test_a_run_leaves_the_measurements_it_began_with_alone(
+    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "warm").mkdir()
+    (tmp_path / "warm" / "old").touch()
+    seen: list[list[str]] = []
+
+    def optimize(model: Path, out: Path, words: Sequence[str], variables: Mapping[str, str]) -> command.Run:
+        own = Path(variables["ONNX_LOWRANK_CACHE"])
+        seen.append([path.name for path in own.iterdir()])
+        (own / "new").touch()
+        return command.Run(out, 4, 0.0, "nothing", {})
+
+    monkeypatch.setattr(command, "optimize", optimize)
+    case = Case(TINY, "data_free", ("--keep-macs", "0.5"), warm=tmp_path / "warm")
+    assert [measure(case)["error"], measure(case)["error"]] == ["nothing"] * 2
+    assert seen == [["old"], ["old"]]
 
 
 @pytest.mark.slow

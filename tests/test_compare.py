@@ -16,9 +16,11 @@ from onnx_lowrank.cli import run
 from onnx_lowrank.comparison import Comparison, compare
 from onnx_lowrank.comparison.networks import teams_of
 from onnx_lowrank.goals import KeepMacs, Speedup
+from onnx_lowrank.latency.child import MeasuringError
 from onnx_lowrank.layer import LayerShape
 from onnx_lowrank.passes.decompose import decompositions
 from onnx_lowrank.recipe import parse_passes
+from onnx_lowrank.search.racer import Racer
 
 pytestmark = pytest.mark.usefixtures("quick")
 Captured = pytest.CaptureFixture[str]
@@ -127,6 +129,23 @@ def test_with_samples_errors_are_of_outputs_and_networks_are_refitted(folder: Pa
     assert errors[0] < errors[1]
 
 
+def test_a_network_that_cannot_be_measured_costs_its_row(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Racer.best_level
+
+    def best(self: Racer, path: Path) -> object:
+        if "_svd_input" in path.name:
+            raise MeasuringError("died of signal 11", 0)
+        return real(self, path)
+
+    monkeypatch.setattr(Racer, "best_level", best)
+    settings = on_one_thread(passes=tuple(parse_passes("svd,svd_input,cp_spatial")))
+    found = compare(save(network(), folder, "dies.onnx"), GOALS[:1], settings)
+    rows = {row.name: row for row in found.networks}
+    assert not rows["svd_input"].reached
+    assert rows["svd_input"].reason == "its network failed: the measuring process died of signal 11"
+    assert rows["svd"].relative_error is not None
+
+
 def test_a_time_limit_ends_it(folder: Path) -> None:
     settings = on_one_thread(passes=tuple(parse_passes("svd")), time_limit=1e-3)
     found = compare(save(network(), folder), [KeepMacs(0.5)], settings)
@@ -226,6 +245,29 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert run(["compare", "model.onnx", *options]) == 2
     assert capsys.readouterr().err == f"error: {message}\n"
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
+
+
+@pytest.mark.parametrize(
+    ("name", "external", "fault"),
+    [
+        ("keep-macs-0.5_svd.onnx", False, "to write to, the same file as"),
+        ("keep-macs-0.5_all.onnx", False, "to write to, the same file as"),
+        ("keep-macs-0.5_svd.onnx.data", True, "whose weights would replace"),
+    ],
+)
+def test_kept_networks_never_take_the_place_of_an_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured, name: str, *, external: bool, fault: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if external:
+        onnx.save(perceptron(), "model.onnx", save_as_external_data=True, location=name, size_threshold=64)
+    else:
+        save(perceptron(), tmp_path, name)
+    given = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    words = ["compare", "model.onnx" if external else name, "--passes", "svd,cp_spatial", "--keep-macs", "0.5"]
+    assert run([*words, "--threads", "1", "--models", "."]) == 2
+    assert fault in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == given
 
 
 def test_the_json_is_the_dataclass(found: Comparison) -> None:

@@ -38,7 +38,7 @@ from onnx_lowrank.allocators.pca_energy import pca_energy
 from onnx_lowrank.allocators.vbmf import vbmf
 from onnx_lowrank.candidates import Evidence, Problem
 from onnx_lowrank.errors import InputError
-from onnx_lowrank.layer import Layer, LayerShape
+from onnx_lowrank.layer import Geometry, Layer, LayerShape, Site
 from onnx_lowrank.passes.decompose import decompositions
 
 RULES = sorted(ALLOCATORS.keys() - SEARCHING - {"full_rank"})
@@ -222,10 +222,13 @@ def test_interfaces_are_the_ranks_of_the_formats() -> None:
         "grouped_svd": [(4 * 2, (0, 1))],
         "kronecker": [(2 * 3 * 5, (1,))],
     }
+    full = {"svd": [12], "svd_input": [8], "spatial_svd": [24], "spatial_svd_reversed": [24], "tucker2": [8, 12]}
+    full |= {"grouped_svd": [12], "kronecker": [24]}
     ranks = {"tucker2": (5, 7), "grouped_svd": (4, 2), "kronecker": (4, 2, 3, 1, 5)}
     for name, places in wanted.items():
         chain = methods[name].chain(shape, ranks.get(name, (5,)))
         assert [(p.channels, p.carried) for p in interfaces(chain)] == places
+        assert [p.full_rank for p in interfaces(chain)] == full[name]
         assert slices(chain) == (4 if name == "grouped_svd" else 1)
         assert of_blocks(chain) == (name in {"grouped_svd", "kronecker"})
 
@@ -234,7 +237,7 @@ def test_interfaces_are_the_ranks_of_the_formats() -> None:
 def test_chains_of_blocks_are_taken_only_where_no_other_fits(table: Problem, name: str) -> None:
     """Their channels outnumber the ranks of the others at much less of the weight."""
     whole = tuple(tuple(c for c in row if c.chain is None or not of_blocks(c.chain)) for row in table.layers)
-    blocks = tuple(tuple(c for c in row if c.chain is not None and of_blocks(c.chain)) for row in table.layers)
+    blocks = tuple(tuple(c for c in row if c.chain is None or of_blocks(c.chain)) for row in table.layers)
     rule, least = ALLOCATORS[name], table.total(replace(table, layers=whole).cheapest())
     spent = list[float]()
     for budget in (1.2 * least, 2 * least, table.budget):
@@ -243,14 +246,28 @@ def test_chains_of_blocks_are_taken_only_where_no_other_fits(table: Problem, nam
     assert spent == sorted(spent)
 
 
-def test_constant_ratio_is_proportional_to_the_channels(table: Problem) -> None:
-    svd_only = replace(table, layers=tuple((row[0], *(c for c in row if c.method == "svd")) for row in table.layers))
-    for share in (0.3, 0.5, 0.7):
-        chosen = constant_ratio(replace(svd_only, budget=share / 0.5 * table.budget))
-        ratios = [c.rank[0] / min(shape.out, shape.in_) for c, shape in zip(chosen, SHAPES, strict=True)]
-        # All ranks are the least ones with at least the same share.
-        least = min(ratios)
-        assert [c.rank[0] for c in chosen] == [math.ceil(least * min(s.out, s.in_) - 1e-9) for s in SHAPES]
+def test_constant_ratio_is_proportional_to_the_full_ranks(table: Problem) -> None:
+    for name in ("svd", "spatial_svd"):
+        rows = tuple((row[0], *(c for c in row if c.method == name)) for row in table.layers)
+        full = [min(s.out, s.inputs) if name == "svd" else min(s.in_ * 3, s.out * 3) for s in SHAPES]
+        for share in (0.4, 0.5, 0.7):
+            chosen = constant_ratio(replace(table, layers=rows, budget=share / 0.5 * table.budget))
+            # All ranks are the least ones with at least the same share.
+            least = min(c.rank[0] / whole for c, whole in zip(chosen, full, strict=True))
+            assert [c.rank[0] for c in chosen] == [math.ceil(least * whole - 1e-9) for whole in full]
+
+
+@pytest.mark.parametrize("name", ["constant_ratio", "vbmf"])
+def test_a_layer_that_saves_next_to_nothing_is_left_as_it_is(table: Problem, name: str) -> None:
+    layer = conv_layer("head", planted(LayerShape(1, 4, 16, (1, 1)), 2, 0.3, 9))
+    form = replace(layer.form, geometry=Geometry((1, 1), (1, 1), (0,) * 4))
+    head = replace(layer, form=form, sites=(Site("head", (1, 16, 1, 1), (1, 4, 1, 1)),))
+    with_head = table_of([*small_network(), head], 0.3)
+    chosen = ALLOCATORS[name](with_head)
+    assert chosen[-1] == with_head.layers[-1][0]
+    assert chosen[:-1] == ALLOCATORS[name](replace(table, budget=with_head.budget - chosen[-1].macs))
+    least = replace(with_head, budget=with_head.total(with_head.cheapest()))
+    assert with_head.total(ALLOCATORS[name](least)) == least.budget
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -14,8 +15,10 @@ from benchmarks.zoo.cache import default_cache
 from benchmarks.zoo.evaluate import evaluate
 from benchmarks.zoo.model import ZooModel
 from benchmarks.zoo.results import Scalar
+from onnx_lowrank.latency.table import CACHE_VARIABLE
 
 CLOSED_FORM = ("--passes", "svd,svd_input,spatial_svd,spatial_svd_reversed,tucker2")
+KEYS = ("model", "method", "goal")
 METHODS = {
     "calibrated": (),
     "calibrated_closed": CLOSED_FORM,
@@ -41,6 +44,7 @@ class Case:
         shapes: Shapes to time with; those of the zoo by default.
         metric: Also measured by the command itself, on the evaluation data; empty for none.
         calibration: Data instead of the model's `calibration.npz`.
+        warm: Measurements to begin with, a folder that is copied; the user's own by default, which keeps what is new.
         keys: Columns that tell this row from others of the same method and goal, e.g. the number of samples.
     """
 
@@ -51,7 +55,14 @@ class Case:
     shapes: tuple[str, ...] = ()
     metric: str = ""
     calibration: Path | None = None
+    warm: Path | None = None
     keys: dict[str, Scalar] = field(default_factory=dict[str, Scalar])
+
+    @property
+    def columns(self) -> dict[str, Scalar]:
+        """The values of KEYS."""
+        goal = " ".join(self.goal).removeprefix("--")
+        return {"model": self.model.name, "method": self.method, "goal": goal}
 
     def arguments(self, original: Path) -> list[str]:
         """The words behind `optimize MODEL -o OUT`."""
@@ -73,13 +84,16 @@ def measure(case: Case, runs: Path | None = None) -> dict[str, Scalar]:
     """
     cache = default_cache()
     original = case.model.build(cache)
-    goal = " ".join(case.goal).removeprefix("--")
-    row: dict[str, Scalar] = {"model": case.model.name, "method": case.method, "goal": goal, **case.keys}
+    row: dict[str, Scalar] = {**case.columns, **case.keys}
     name = "_".join(map(str, row.values())).replace(" ", "_")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) if runs is None else runs / name
         folder.mkdir(parents=True, exist_ok=True)
-        run = command.optimize(original, folder / "out.onnx", case.arguments(original))
+        variables: dict[str, str] = {}
+        if case.warm is not None:
+            own = shutil.copytree(case.warm, Path(temporary) / "cache")
+            variables[CACHE_VARIABLE] = str(own)
+        run = command.optimize(original, folder / "out.onnx", case.arguments(original), variables)
         row |= {"options": " ".join(case.options), **run.figures()}
         if run.written:
             row |= task(case.model, run.out) | _told(run)
@@ -100,7 +114,7 @@ def record(
     for case in cases:
         row = measure(case, runs)
         if "error" not in row:
-            results.put(name, row, ("model", "method", "goal", *case.keys), folder)
+            results.put(name, row, (*KEYS, *case.keys), folder)
         rows.append(row)
         print("  ".join(f"{key} {row[key]}" for key in ("model", "method", "goal", *columns) if key in row), flush=True)
     print(results.table(rows, ["model", "method", "goal", *columns]))

@@ -1,13 +1,15 @@
 """Benchmark results as JSON files in `benchmarks/results`, and the markdown tables rendered from them.
 
 A file holds `date`, `cpu` and `versions` of when it was last written, and `rows`, a list of flat rows of scalars; rows
-that were put into it one by one hold the date and the processor they were measured on.
+that were put into it one by one hold the date, the processor they were measured on and the commit of the code (`tree`).
 """
 
 import json
 import platform
+import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TypeAlias
@@ -43,7 +45,7 @@ def recorded(name: str, folder: Path = FOLDER) -> list[Row]:
 
 def put(name: str, row: Row, keys: Sequence[str], folder: Path = FOLDER) -> Path:
     """Write `<name>.json` with a row more, dated; a row that agrees with it in `keys` gives way to it."""
-    row = {**row, "date": row.get("date") or today(), "cpu": row.get("cpu") or cpu()}
+    row = {**row, **{key: row.get(key) or of() for key, of in (("date", today), ("cpu", cpu), ("tree", tree))}}
     others = (old for old in recorded(name, folder) if any(old.get(key) != row.get(key) for key in keys))
     return write(name, [*others, row], folder)
 
@@ -75,6 +77,16 @@ def cpu() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+@cache
+def tree() -> str:
+    """The commit of the code that runs; empty outside of a repository."""
+    words = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""
 
 
 def versions() -> dict[str, str]:

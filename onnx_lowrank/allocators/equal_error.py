@@ -1,10 +1,15 @@
-"""What energy and minimax share: every layer may lose the same share of its weight, in one norm or another."""
+"""What rules of one share for all have in common: every layer may lose as much, in one measure or another."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
-from onnx_lowrank.candidates import Candidate, Problem
+from onnx_lowrank.candidates import Candidate, Cost, Problem
+
+# Of the budget. A classifier of ten classes is a ten-thousandth of its network's multiply-accumulates: cut to the share
+# of its rank that all layers are cut to, it costs most of the accuracy and saves what nobody measures.
+NEXT_TO_NOTHING = 1e-3
 
 
 def spectral_error(candidate: Candidate) -> float:
@@ -33,6 +38,21 @@ def equal_error(problem: Problem, error: Callable[[Candidate], float]) -> tuple[
         else:
             low = middle + 1
     return _within(problem, error, bounds[low]) if bounds else ()
+
+
+def of_weight(problem: Problem, rule: Callable[[Problem], tuple[Candidate, ...]]) -> tuple[Candidate, ...]:
+    """The choice of a rule that looks at ranks alone; layers that save less than `NEXT_TO_NOTHING` are left alone.
+
+    All layers take part where the budget cannot be met without them.
+    """
+    least = NEXT_TO_NOTHING * problem.budget
+    part = replace(problem, layers=tuple(_worth(options, problem.cost, least) for options in problem.layers))
+    return rule(part if part.fits(part.cheapest()) else problem)
+
+
+def _worth(options: tuple[Candidate, ...], cost: Cost, least: float) -> tuple[Candidate, ...]:
+    saved = options[0].cost(cost) - min(option.cost(cost) for option in options)
+    return options if saved >= least else options[:1]
 
 
 def _within(problem: Problem, error: Callable[[Candidate], float], bound: float) -> tuple[Candidate, ...]:

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from onnx_lowrank.allocators.study import studied
+from onnx_lowrank.allocators.study import POPULATION, studied
 from onnx_lowrank.candidates import Candidate, Problem
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
-
-# A generation: with a hundred measurements there are five.
-POPULATION = 20
 
 
 def evolution(problem: Problem) -> tuple[Candidate, ...]:

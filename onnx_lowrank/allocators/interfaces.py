@@ -23,19 +23,25 @@ class Interface:
     Args:
         channels: How many, in each of the layer's groups.
         carried: Spatial axes that the stages before carry.
+        full_rank: The smaller side of the unfolding: more channels than that hold nothing more.
     """
 
     channels: int
     carried: Shape
+    full_rank: int
 
 
 def interfaces(chain: Chain) -> Iterator[Interface]:
     """Every place between two stages; channels of a stage that is shared over modes count once per copy."""
-    groups = _groups(chain)
+    groups, (first, last) = _groups(chain), (chain.stages[0], chain.stages[-1])
+    rows, columns = (first.groups * first.in_ * first.copies, last.groups * last.out * last.copies)
+    kernel = [math.prod(sizes) for sizes in zip(*(stage.kernel for stage in chain.stages), strict=True)]
     carried: tuple[int, ...] = ()
     for before, _ in pairwise(chain.stages):
         carried += before.carries
-        yield Interface(before.groups * before.out * before.copies // groups, tuple(sorted(carried)))
+        inside = math.prod(size for axis, size in enumerate(kernel) if axis in carried)
+        full = min(rows // groups * inside, columns // groups * (math.prod(kernel) // inside))
+        yield Interface(before.groups * before.out * before.copies // groups, tuple(sorted(carried)), full)
 
 
 def of_blocks(chain: Chain) -> bool:
@@ -48,14 +54,11 @@ def of_blocks(chain: Chain) -> bool:
 
 
 def narrowest(chain: Chain) -> float:
-    """Channels between the stages where they are fewest, as a share of the layer's inputs or outputs, the fewer ones.
+    """Channels between the stages where they are fewest, as a share of the full rank of the unfolding they bound.
 
     Infinite for a chain of one stage.
     """
-    first, last = chain.stages[0], chain.stages[-1]
-    inputs, outputs = first.groups * first.in_ * first.copies, last.groups * last.out * last.copies
-    side = min(inputs, outputs) / _groups(chain)
-    return min((place.channels / side for place in interfaces(chain)), default=math.inf)
+    return min((place.channels / place.full_rank for place in interfaces(chain)), default=math.inf)
 
 
 def slices(chain: Chain) -> int:

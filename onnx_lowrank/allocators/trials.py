@@ -2,13 +2,14 @@
 
 A choice is a tuple of positions, one per layer, among the candidates of the layer that no other beats on cost and
 predicted loss, cheapest first. The first choice measured is the knapsack's, so that no search ends with a choice that
-measures worse than the default.
+measures worse than the default; what predictions get wrong is mended near it.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 
 from onnx_lowrank.allocators.knapsack import knapsack, undominated
 from onnx_lowrank.candidates import Candidate, Problem
@@ -17,6 +18,8 @@ from onnx_lowrank.errors import InputError
 Place = tuple[int, ...]
 # What counts as the loss of a choice that has none.
 RUINED = 1e30
+# Steps from the start that a search looks at: a hundred measurements tell nothing about whole ladders of dozens.
+WINDOW = 4
 
 
 class Trials:
@@ -29,6 +32,7 @@ class Trials:
     Attributes:
         ladders: Candidates per layer, cheapest first.
         start: The knapsack's choice; the cheapest where nothing fits.
+        reach: Positions per layer within `WINDOW` steps of the start.
 
     Raises:
         InputError: if nothing can be measured.
@@ -42,6 +46,10 @@ class Trials:
         self._left = problem.evidence.evaluations
         self.ladders = tuple(undominated(options, problem.cost) for options in problem.layers)
         self.start = self.place(knapsack(problem))
+        self.reach = tuple(
+            range(max(0, at - WINDOW), min(len(ladder), at + WINDOW + 1))
+            for ladder, at in zip(self.ladders, self.start, strict=True)
+        )
         self._losses: dict[Place, float] = {}
         self._best = self.start
 
@@ -83,18 +91,28 @@ class Trials:
         return self._problem.fits(self.chosen(place))
 
     def fitted(self, place: Place) -> Place:
-        """The choice made cheaper, one step at a time, until it fits: the step of least predicted loss per cost saved.
+        """The choice within reach, made cheaper step by step until it fits, then dearer as long as it does.
 
-        Searches may then propose anything, and nothing is measured in vain.
+        Steps are those of least predicted loss per cost saved, or most per cost spent. What a choice moves off the
+        start is what is asked about: layers above it are cheapened last, layers below it are not made dearer. So
+        searches may propose anything, nothing is measured in vain, and what some layers give others get.
         """
         at = list(place)
         while not self.fits(tuple(at)):
-            steps = [(self._price(layer, i), layer) for layer, i in enumerate(at) if i > 0]
-            if not steps:
-                break
-            at[min(steps)[1]] -= 1
+            down = [(i > self.start[n], self._price(n, i), n) for n, i in enumerate(at) if i > self.reach[n][0]]
+            if not down:
+                return tuple(at)
+            at[min(down)[-1]] -= 1
+        while up := [(self._price(n, i + 1), n) for n, i in enumerate(at) if self._affordable(at, n, i + 1)]:
+            at[max(up)[-1]] += 1
         return tuple(at)
 
+    def _affordable(self, at: Sequence[int], layer: int, to: int) -> bool:
+        """Whether a layer may move there from `at`."""
+        above = self.start[layer] < to <= self.reach[layer][-1]
+        return above and self.fits((*at[:layer], to, *at[layer + 1 :]))
+
     def _price(self, layer: int, at: int) -> float:
+        """Predicted loss per cost saved by the step down from there."""
         here, there, cost = self.ladders[layer][at], self.ladders[layer][at - 1], self._problem.cost
         return (there.loss - here.loss) / (here.cost(cost) - there.cost(cost))

@@ -5,13 +5,15 @@ no budget. With one factor w for all layers the rank asked for is (Gusak et al.,
 
     R(w) = R_full - w (R_full - R_evb),    0 <= w <= 1,    and beyond it    R(w) = (2 - w) R_evb,    1 < w <= 2,
 
-and every layer takes its cheapest candidate with at least these ranks; w is as small as the budget allows. Chains of
-blocks (`interfaces.of_blocks`) come after all others, from w = 2 on.
+and every layer takes its cheapest candidate with at least these ranks; w is as small as the budget allows. Layers that
+save next to nothing are left as they are (`equal_error.of_weight`): the authors' layers are convolutions, and a
+classifier of few classes may have an EVB rank of none. Chains of blocks (`interfaces.of_blocks`) come after all others,
+from w = 2 on.
 """
 
 from __future__ import annotations
 
-from onnx_lowrank.allocators.equal_error import equal_error
+from onnx_lowrank.allocators.equal_error import equal_error, of_weight
 from onnx_lowrank.allocators.interfaces import interfaces, of_blocks
 from onnx_lowrank.candidates import Candidate, Problem
 from onnx_lowrank.errors import InputError
@@ -37,7 +39,7 @@ def vbmf(problem: Problem) -> tuple[Candidate, ...]:
         found = (_weakened(p.channels, unfolding(candidate.key, p.carried)) for p in interfaces(chain))
         return _BEYOND * of_blocks(chain) + max(found, default=0.0)
 
-    return equal_error(problem, weakening)
+    return of_weight(problem, lambda part: equal_error(part, weakening))
 
 
 def _weakened(channels: int, found: Unfolding) -> float:

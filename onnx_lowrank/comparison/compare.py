@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from onnx_lowrank.calibration.walk import CannotCutError
 from onnx_lowrank.catalogue import all_decompositions, split
 from onnx_lowrank.comparison.layers import compared_layers
 from onnx_lowrank.comparison.model import Budget, Comparison
-from onnx_lowrank.comparison.networks import Field, compared_networks
+from onnx_lowrank.comparison.networks import Field, compared_networks, file_name, teams_of
 from onnx_lowrank.goals import Goal, KeepMacs, Speedup
 from onnx_lowrank.graph import io
 from onnx_lowrank.graph.size import parameters
@@ -23,7 +23,7 @@ from onnx_lowrank.latency.chains import ChainTimer
 from onnx_lowrank.latency.environment import environment
 from onnx_lowrank.latency.grid import channel_block
 from onnx_lowrank.latency.table import LatencyTable
-from onnx_lowrank.output import check_paths
+from onnx_lowrank.output import check_paths, data_of
 from onnx_lowrank.plan import PassSpec
 from onnx_lowrank.progress import Phases
 from onnx_lowrank.providers import require_provider
@@ -63,17 +63,19 @@ def compare(
         beside: Other files the caller will write.
 
     Raises:
-        InputError: for input that cannot be used.
+        InputError: for input that cannot be used, or a file to write that is one.
     """
     model = Path(model)
     settings, phases = settings or Settings(), phases or Phases()
     settings = replace(settings, passes=_with_decompositions(settings.passes))
-    for path in beside:
+    kept = () if models is None else tuple(models / name for name in _files(goals, settings.passes))
+    written = (*beside, *kept, *map(data_of, kept))
+    for path in written:
         check_paths(path, model, settings.calibration, settings.eval)
     require_provider(settings.target)
     with phases.phase("read"):
         source = source_of(model, settings)
-        for path in (*beside, *([] if models is None else [models / "model.onnx"])):
+        for path in written:
             io.spare_sources(source.graph, path)
     deadline = math.inf if settings.time_limit is None else time.monotonic() + settings.time_limit
     settings = tuned_for(source, settings, phases)
@@ -117,6 +119,12 @@ def compare(
 def _with_decompositions(specs: tuple[PassSpec, ...]) -> tuple[PassSpec, ...]:
     """The passes, and all decompositions where none is among them."""
     return specs if split(specs)[1] else (*specs, *map(PassSpec, all_decompositions()))
+
+
+def _files(goals: Sequence[Goal], specs: tuple[PassSpec, ...]) -> Iterator[str]:
+    """The networks of all rows."""
+    teams = teams_of([method.name for method in split(specs)[1]])
+    return (file_name(goal, team) for goal in goals for team in teams)
 
 
 def _table(

@@ -12,9 +12,10 @@ from pathlib import Path
 from onnx_lowrank.catalogue import default_decompositions
 from onnx_lowrank.comparison.model import Budget, NetworkComparison, on_front
 from onnx_lowrank.decomposition import Rank
-from onnx_lowrank.errors import InvalidResultError
+from onnx_lowrank.errors import InvalidResultError, LowRankError
 from onnx_lowrank.goals import Goal, Speedup
 from onnx_lowrank.latency.chains import ChainTimer
+from onnx_lowrank.latency.child import MeasuringError
 from onnx_lowrank.latency.measure import Paired
 from onnx_lowrank.metrics import Scores
 from onnx_lowrank.output import publish
@@ -100,6 +101,11 @@ def compared_networks(
     return tuple(_with_fronts(found))
 
 
+def file_name(goal: Goal, team: str) -> str:
+    """Of the network of a row."""
+    return f"{goal.kind}-{goal.value:g}_{team}.onnx"
+
+
 def teams_of(formats: Sequence[str]) -> Mapping[str, tuple[str, ...]]:
     """Name -> formats that are allowed together: each alone, the default ones among them, and all."""
     default = tuple(name for name in formats if name in default_decompositions())
@@ -152,16 +158,23 @@ def _measured(
 ) -> NetworkComparison:
     """The row with the figures of its network, which is realised, refitted, timed and compared."""
     with tempfile.TemporaryDirectory(prefix="network-", dir=field.folder) as room:
-        path = Path(room) / f"{settings.goal.kind}-{settings.goal.value:g}_{row.name}.onnx"
+        path = Path(room) / file_name(settings.goal, row.name)
         try:
             analysis = pursue(ground, settings, Path(room), phases, field.deadline, foretell=False)
             report = assemble(analysis, settings, path, phases, field.scores)
-        except InvalidResultError as error:
-            return replace(row, reason=error.got)
+        except LowRankError as error:
+            return replace(row, reason=_failure(error))
         if models is not None:
             publish(path, models / path.name)
     row = _told(row, report)
     return row if models is None else replace(row, file=str(models / path.name))
+
+
+def _failure(error: LowRankError) -> str:
+    """Why a row has no network: one that a provider dies of must not cost the others."""
+    if isinstance(error, InvalidResultError):
+        return error.got
+    return f"its network failed: {error.reason if isinstance(error, MeasuringError) else error.got}"
 
 
 def _told(row: NetworkComparison, report: Report) -> NetworkComparison:
