@@ -1,9 +1,9 @@
 """Every format on five networks at the same budgets: error, task metric, size and measured speed.
 
-    python -m benchmarks.formats [embedded hed ...] [--formats svd cp ...] [--together] [--limit 3600] [--samples 64]
+    python -m benchmarks.formats [embedded hed ...] [--formats svd cp ...] [--together] [--limit 3600] [--samples 64 | --data-free]
 
-The default formats of a network are one `onnx-lowrank compare` with the calibration data and refit, in a process of
-its own; every other format is another one. Both budgets come from one process. Rows go to `formats.json` (whole
+The default formats of a network are one `onnx-lowrank compare` with the calibration data and refit (or without samples:
+every network of a large model takes minutes to refit), in a process of its own; every other format is another one. Both budgets come from one process. Rows go to `formats.json` (whole
 networks, each then evaluated on its task) and `formats_layers.json` (the best of a format for a layer) in
 `benchmarks/results` as they come; what is recorded with the same options is not run again, so that an interrupted run
 goes on where it was (`tree` says of which commit a row is; `--again` measures anew). A process that takes longer than
@@ -52,12 +52,14 @@ class Case:
         formats: What is compared.
         name: Of the row of all its formats together.
         options: All further options of `compare`.
+        data_free: Whether nothing is calibrated.
     """
 
     model: ZooModel
     formats: tuple[str, ...]
     name: str
     options: tuple[str, ...]
+    data_free: bool = False
 
     @property
     def rows(self) -> tuple[str, ...]:
@@ -67,12 +69,18 @@ class Case:
     def arguments(self, original: Path) -> list[str]:
         """The words behind `compare MODEL --models FOLDER --json`."""
         words = [word for shape in SHAPES.get(self.model.name, self.model.inputs) for word in ("--shape", shape)]
-        words += ["--calibration", str(original.with_name("calibration.npz")), "--passes", ",".join(self.formats)]
-        return [*words, *self.options]
+        if not self.data_free:
+            words += ["--calibration", str(original.with_name("calibration.npz"))]
+        return [*words, "--passes", ",".join(self.formats), *self.options]
 
 
 def cases(
-    names: Iterable[str], formats: Sequence[str], options: Sequence[str], *, together: bool = False
+    names: Iterable[str],
+    formats: Sequence[str],
+    options: Sequence[str],
+    *,
+    together: bool = False,
+    data_free: bool = False,
 ) -> Iterator[Case]:
     """The default formats, then every other one; at last all of them.
 
@@ -81,16 +89,17 @@ def cases(
         formats: Names of decompositions.
         options: All further options of `compare`.
         together: Whether all formats are mixed, too.
+        data_free: Whether nothing is calibrated.
     """
     default = tuple(name for name in formats if name in default_decompositions())
     for name in names:
         model = NETS[name] if name in NETS else all_models()[name]
         if default:
-            yield Case(model, default, "default", tuple(options))
+            yield Case(model, default, "default", tuple(options), data_free)
         for other in (other for other in formats if other not in default):
-            yield Case(model, (other,), other, tuple(options))
+            yield Case(model, (other,), other, tuple(options), data_free)
         if together:
-            yield Case(model, tuple(formats), "all", tuple(options))
+            yield Case(model, tuple(formats), "all", tuple(options), data_free)
 
 
 def run(case: Case, limit_s: float, *, again: bool = False, folder: Path = FOLDER) -> None:
@@ -174,6 +183,8 @@ def _layers(model: ZooModel, found: Mapping[str, Any]) -> Iterator[dict[str, Sca
                 "macs_kept": round(row["macs"] / layer["macs"], 4),
                 "of_layer": round(row["of_layer"], 4),
                 "ci95": span(row["ci95"]),
+                "beyond": row["beyond"],
+                "front": row["front"],
             }
 
 
@@ -189,12 +200,17 @@ def main() -> int:
     parser.add_argument(
         "--samples", type=int, default=Settings.samples, help="to calibrate with, at most (%(default)s)"
     )
+    parser.add_argument(
+        "--data-free", action="store_true", help="without samples: a quarter of an hour for a large net"
+    )
     parser.add_argument("--results", type=Path, default=FOLDER)
     asked = parser.parse_args()
     options = [word for goal in GOALS for word in f"--{goal}".split()]
-    options += ["--threads", str(asked.threads), "--samples", str(asked.samples)]
+    options += ["--threads", str(asked.threads)]
+    options += [] if asked.data_free else ["--samples", str(asked.samples)]
     formats = tuple(asked.formats or all_decompositions())
-    for case in cases(asked.names or NETWORKS, formats, options, together=asked.together):
+    several = {"together": asked.together, "data_free": asked.data_free}
+    for case in cases(asked.names or NETWORKS, formats, options, **several):
         run(case, asked.limit, again=asked.again, folder=asked.results)
     print(results.table(results.recorded("formats", asked.results), COLUMNS))
     return 0
