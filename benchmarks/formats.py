@@ -1,14 +1,15 @@
 """Every format on five networks at the same budgets: error, task metric, size and measured speed.
 
-    python -m benchmarks.formats [embedded hed ...] [--formats svd cp ...] [--together] [--limit 3600] [--samples 64 | --data-free]
+    python -m benchmarks.formats [embedded hed ...] [--formats svd cp ...] [--together] [--limit 3600]
+        [--samples 64 | --data-free]
 
 The default formats of a network are one `onnx-lowrank compare` with the calibration data and refit (or without samples:
-every network of a large model takes minutes to refit), in a process of its own; every other format is another one. Both budgets come from one process. Rows go to `formats.json` (whole
-networks, each then evaluated on its task) and `formats_layers.json` (the best of a format for a layer) in
-`benchmarks/results` as they come; what is recorded with the same options is not run again, so that an interrupted run
-goes on where it was (`tree` says of which commit a row is; `--again` measures anew). A process that takes longer than
-the limit is ended, and recorded as such until the limit is larger. `--together` mixes all formats, too, in one process:
-the longest.
+every network of a large model takes minutes to refit), in a process of its own; every other format is another one. Both
+budgets come from one process. Rows go to `formats.json` (whole networks, each then evaluated on its task) and
+`formats_layers.json` (the best of a format for a layer) in `benchmarks/results` as they come; what is recorded with the
+same options is not run again, so that an interrupted run goes on where it was (`tree` says of which commit a row is;
+`--again` measures anew). A process that takes longer than the limit is ended, and recorded as such until the limit is
+larger. `--together` mixes all formats, too, in one process: the longest.
 """
 
 from __future__ import annotations
