@@ -42,6 +42,7 @@ class Candidate:
         ms: Milliseconds per run with what `micro_model` puts behind; None until timed.
         exact: Whether the rank reproduces any weight.
         probed_loss: Loss of the network's outputs, interpolated from probes; None without data.
+        note: What the factorization has to say of itself.
     """
 
     key: str
@@ -56,6 +57,7 @@ class Candidate:
     ms: float | None = None
     exact: bool = False
     probed_loss: float | None = None
+    note: str = ""
 
     @property
     def name(self) -> Name:
@@ -212,6 +214,7 @@ def candidate(layer: Layer, method: Decomposition, factorization: Factorization,
         macs=chain.macs(layer),
         padded_macs=chain.macs(layer, block),
         exact=rank == method.exact_rank(layer.shape),
+        note=factorization.note(rank),
     )
 
 

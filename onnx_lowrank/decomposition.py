@@ -38,6 +38,10 @@ class Factorization(ABC):
         """
         return None
 
+    def note(self, rank: Rank) -> str:  # noqa: ARG002 - for formats whose fits can degenerate
+        """What a reader of the report should know of the factors at `rank` beside their error, in a few words."""
+        return ""
+
     def data_free(self, rank: Rank) -> tuple[Array, ...] | None:  # noqa: ARG002 - for formats that are fitted
         """Factors in the Frobenius metric that a calibrated fit started from; None where it started from none."""
         return None

@@ -6,12 +6,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tables import conv_layer
 from tensorly.cp_tensor import cp_to_tensor
 from tensorly.decomposition import parafac
 
+from onnx_lowrank.candidates import candidate, keep
 from onnx_lowrank.layer import Array, LayerShape, Shape
 from onnx_lowrank.passes.decompose.cp import RIDGE, Cp, CpFit
 from onnx_lowrank.passes.decompose.cp_als import Problem, Terms, exact_terms
+from onnx_lowrank.report.build import layer_rows
+from onnx_lowrank.search.table import Row
 
 
 def degenerate(size: int, seed: int) -> Array:
@@ -200,3 +204,17 @@ def test_the_exact_rank_takes_no_fit(calibrated: bool, monkeypatch: pytest.Monke
     made, exact = method.factorize(weight, np.eye(shape.inputs)[None] if calibrated else None), method.exact_rank(shape)
     assert made.error(exact) == 0.0
     np.testing.assert_allclose(method.chain(shape, exact).dense(made.factors(exact)), weight, atol=1e-12)
+
+
+def test_the_report_says_how_far_its_terms_cancel() -> None:
+    layer = conv_layer("l", np.random.default_rng(0).standard_normal((1, 12, 10, 3, 3)))
+    made, method, weight = Cp().factorize(layer.read()), Cp(), layer.read()
+    factors = [factor.reshape(8, -1) for factor in made.factors((8,))[:2]] + [made.factors((8,))[2].reshape(12, 8).T]
+    terms = np.prod([np.square(factor).sum(axis=1) for factor in factors], axis=0).sum() / np.vdot(weight, weight)
+    found, note = candidate(layer, method, made, (8,), 1), f"terms of {terms:.1f} ||W||^2"
+    assert found.note == note
+    rows, names = [Row(layer, (keep(layer), found), {})], {"l": "l"}
+    (told,) = layer_rows(rows, (), (found,), names, by_time=False, source="measured")
+    assert told.reason.endswith(f", weight error {found.error:.3g}, {note}")
+    nothing = conv_layer("l", np.zeros((1, 12, 10, 3, 3)))
+    assert candidate(nothing, method, method.factorize(nothing.read()), (8,), 1).note == ""

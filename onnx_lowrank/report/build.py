@@ -107,7 +107,8 @@ def _reason(row: Row, choice: Candidate, data_free: Mapping[str, str] | None, *,
     remark = _remark(row, data_free or {})
     if choice.chain is not None:
         kind = "weight" if data_free is None or row.layer.key in data_free else "output"
-        return f"{_times(choice, row.keep)}, {kind} error {choice.error:.3g}{remark}"
+        noted = f", {choice.note}" if choice.note else ""
+        return f"{_times(choice, row.keep)}, {kind} error {choice.error:.3g}{noted}{remark}"
     if not row.factorable:
         return row.refusals.get("svd") or next(iter(row.refusals.values()), "its own latency could not be measured")
     if not by_time:

@@ -69,16 +69,25 @@ class CpFit(Fitted):
 
     def usable(self, rank: Rank, factors: Sequence[Array]) -> bool:
         """Whether the terms do not cancel: sum ||term||^2 is at most 10 ||W||^2."""
-        squares = np.ones((self.shape.groups, rank[0]))
-        for i, factor in enumerate(factors):
-            last = i == len(factors) - 1
-            columns = factor.swapaxes(1, 2) if last else factor
-            squares *= np.square(columns).reshape(self.shape.groups, rank[0], -1).sum(axis=2)
-        found = float(squares.sum() / np.vdot(self.weight, self.weight))
+        found = self._grown(factors)
         if found > LIMIT:
             logger.info("%s %s at rank %d is degenerate: terms of %.1f times the weight's energy",
                         self.method.name, self.shape, rank[0], found)  # fmt: skip
         return found <= LIMIT
+
+    def note(self, rank: Rank) -> str:
+        """How far the terms cancel."""
+        return f"terms of {self._grown(self.factors(rank)):.1f} ||W||^2" if self._total > 0 else ""
+
+    def _grown(self, factors: Sequence[Array]) -> float:
+        """The sum of ||term||^2, relative to ||W||^2."""
+        groups, rank = self.shape.groups, factors[0].shape[1]
+        squares = np.ones((groups, rank))
+        for i, factor in enumerate(factors):
+            last = i == len(factors) - 1
+            columns = factor.swapaxes(1, 2) if last else factor
+            squares *= np.square(columns).reshape(groups, rank, -1).sum(axis=2)
+        return float(squares.sum() / np.vdot(self.weight, self.weight))
 
     def in_metric(self, gram: Array, rank: Rank) -> CpFit:
         """With the terms there are: fitting them takes far longer than what calibration makes of them."""
