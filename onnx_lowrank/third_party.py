@@ -156,6 +156,11 @@ class _Checked(Factorization):
             found = self.made.data_free(rank)
         return None if found is None else self._arrays(found, rank)
 
+    def note(self, rank: Rank) -> str:
+        """Its note, as text."""
+        with self.blaming():
+            return str(self.made.note(rank))
+
     def blaming(self) -> AbstractContextManager[None]:
         """Errors of the third party's code are told as such."""
         return _blaming(self.method.inner, self.shape)
@@ -209,6 +214,10 @@ class _Measured(Fitted):
     def data_free(self, rank: Rank) -> tuple[Array, ...] | None:
         """What the third party's own fit started from, where it looked at the samples."""
         return self.checked.data_free(rank)
+
+    def note(self, rank: Rank) -> str:
+        """What the third party's factorization notes."""
+        return self.checked.note(rank)
 
     def in_metric(self, gram: Array, rank: Rank) -> Factorization | None:
         """The third party's own, if it saves something, measured."""
