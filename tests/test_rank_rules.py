@@ -155,7 +155,7 @@ def test_pca_energy_is_greedy_where_the_knapsack_is_not() -> None:
 
 @pytest.mark.parametrize("share", [0.3, 0.4, 0.5, 0.7, 0.9])
 @pytest.mark.parametrize("seed", range(3))
-def test_minimax_is_the_brute_force_optimum_on_a_small_network_and_the_alternation_never_better(
+def test_minimax_is_the_brute_force_optimum_on_a_small_network_and_the_alternation_within_a_twentieth(
     share: float, seed: int
 ) -> None:
     weights = [planted(shape, 3, 0.1 * (1 + seed), seed + i) for i, shape in enumerate(SHAPES)]
@@ -164,7 +164,7 @@ def test_minimax_is_the_brute_force_optimum_on_a_small_network_and_the_alternati
     assert spectral(minimax(problem)) == best
     found = alds(problem)
     assert problem.fits(found)
-    assert best <= spectral(found) <= 1.2 * best
+    assert best <= spectral(found) <= 1.05 * best
 
 
 @pytest.mark.parametrize("rule", ["minimax", "alds"])

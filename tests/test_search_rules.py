@@ -23,7 +23,7 @@ from onnx_lowrank.allocators.trials import Trials
 from onnx_lowrank.candidates import Candidate, Evidence, Problem
 from onnx_lowrank.errors import InputError
 from onnx_lowrank.goals import KeepMacs
-from onnx_lowrank.recipe import Recipe
+from onnx_lowrank.recipe import Recipe, parse_passes
 from onnx_lowrank.request import settings_of
 from onnx_lowrank.search.calibrated import Probes
 
@@ -216,6 +216,14 @@ def test_options_that_cannot_be_meant(asked: Recipe, text: str) -> None:
 def test_the_number_of_evaluations_is_handed_on() -> None:
     asked = Recipe(allocator="beam", keep_macs=0.5, calibration="x.npz", evaluations=7)
     assert settings_of(asked).evaluations == 7
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(("passes", "told"), [("svd", True), ("svd,grouped_svd", False)])
+def test_alds_without_slices_to_choose_from_is_told(tmp_path: Path, passes: str, *, told: bool) -> None:
+    asked = on_one_thread(KeepMacs(0.5), allocator="alds", passes=tuple(parse_passes(passes)))
+    note = "alds had no format of several slices to choose from: name one, as in --passes svd,grouped_svd"
+    assert (note in ride(network(32), tmp_path, asked).report.notes) == told
 
 
 class KilledError(Exception):

@@ -43,6 +43,8 @@ ALLOCATORS: dict[str, Allocator] = {
 SEARCHING = frozenset({"beam", "evolution", "tpe", "reinforcement"})
 # Rules that compare spectral norms.
 SPECTRAL = frozenset({"minimax", "alds", "alds_authors"})
+# Rules that choose a number of slices, too.
+SLICING = frozenset({"alds", "alds_authors"})
 BY_OPTUNA = frozenset({"evolution", "tpe"})
 
-__all__ = ["ALLOCATORS", "BY_OPTUNA", "SEARCHING", "SPECTRAL", "Allocator", "require_optuna"]
+__all__ = ["ALLOCATORS", "BY_OPTUNA", "SEARCHING", "SLICING", "SPECTRAL", "Allocator", "require_optuna"]

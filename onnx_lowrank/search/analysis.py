@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from onnx_lowrank.accuracy import evaluate, evaluate_original
-from onnx_lowrank.allocators import SEARCHING, Allocator
+from onnx_lowrank.allocators import SEARCHING, SLICING, Allocator
+from onnx_lowrank.allocators.interfaces import slices
 from onnx_lowrank.calibration.walk import CannotCutError
 from onnx_lowrank.candidates import Candidate, loss_of
 from onnx_lowrank.errors import InputError, NonFiniteResultError
@@ -152,8 +153,16 @@ def analyse(source: Source, settings: Settings, folder: Path, phases: Phases, th
         source, ready = without_samples(source, ready, error)
         cache = FactorizationCache(settings.memory_limit, folder)
         rows, timer, table, allocator = candidates(source, ready, settings, cache, phases, there, deadline)
+    ready = replace(ready, notes=(*ready.notes, *_unsliced(settings.allocator, rows)))
     ground = Ground(source, ready, cache, rows, timer, table, allocator)
     return pursue(ground, settings, folder, phases, deadline, there=there, drop=drop)
+
+
+def _unsliced(rule: str, rows: Sequence[Row]) -> Iterator[str]:
+    """What there is to say of a rule that chooses numbers of slices where there is nothing to choose."""
+    chains = (option.chain for row in rows for option in row.options)
+    if rule in SLICING and not any(slices(chain) > 1 for chain in chains if chain is not None):
+        yield f"{rule} had no format of several slices to choose from: name one, as in --passes svd,grouped_svd"
 
 
 def without_samples(source: Source, ready: Prepared, error: CannotCutError) -> tuple[Source, Prepared]:
