@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,10 +11,11 @@ import numpy as np
 import onnx
 import pytest
 from builders import run_model
+from rich.console import Console
 from roads import macs, network, on_one_thread, parameter_count, perceptron, save
 
 from onnx_lowrank.cli import run
-from onnx_lowrank.comparison import Comparison, compare
+from onnx_lowrank.comparison import Comparison, compare, render
 from onnx_lowrank.comparison.networks import teams_of
 from onnx_lowrank.goals import KeepMacs, Speedup
 from onnx_lowrank.latency.child import MeasuringError
@@ -99,7 +101,7 @@ def test_networks_are_the_files_that_were_kept(found: Comparison, folder: Path) 
     assert any(row.reached for row in built if row.budget == "keep-macs 0.5")
 
 
-def test_mixing_formats_is_no_worse_in_what_was_asked_for(found: Comparison) -> None:
+def test_mixed_formats_reach_the_budget_and_an_equal_choice_is_the_same_network(found: Comparison) -> None:
     rows = {row.name: row for row in found.networks if row.budget == "keep-macs 0.5"}
     assert rows["all"].formats == ("svd", "cp_spatial")
     assert all(row.reached for row in rows.values())
@@ -121,6 +123,10 @@ def test_with_samples_errors_are_of_outputs_and_networks_are_refitted(folder: Pa
         {"weight"},
     )
     assert [row.rank for layer in given.layers for row in layer.contenders] == [(2,), (2,)]
+    for one, told in ((given, True), (free, False)):
+        console = Console(file=io.StringIO(), width=400)
+        render(one, console)
+        assert ("their errors are on the samples they were fitted to" in console.file.getvalue()) == told  # pyright: ignore[reportAttributeAccessIssue] - a StringIO
     assert given.data == "calibrated on 56 samples; errors of networks on 8 held-out samples"
     assert free.data == "data-free; errors of networks on synthetic inputs"
     errors = [row.networks[0].relative_error for row in (given, free)]

@@ -20,6 +20,7 @@ from onnx_lowrank.graph.check import inferred_shapes
 from onnx_lowrank.graph.layers import layers, shapes_as_trace
 from onnx_lowrank.graph.model import Graph
 from onnx_lowrank.latency.chains import ChainTimer
+from onnx_lowrank.latency.pieces import Job
 from onnx_lowrank.latency.table import LatencyTable
 from onnx_lowrank.layer import Layer
 from onnx_lowrank.passes.decompose import decompositions
@@ -181,3 +182,16 @@ def test_prices_are_measured_once_and_remembered(tmp_path: Path) -> None:
     assert [[(o.method, o.rank) for o in r.options] for r in priced] == [
         [(o.method, o.rank) for o in r.options] for r in rows
     ]
+
+
+def test_a_layer_that_cannot_be_timed_says_so_for_every_format(two: tuple[Layer, Layer], tmp_path: Path) -> None:
+    class Lame(ChainTimer):
+        def price(self, jobs: Sequence[Job], progress: object = None) -> list[float | None]:
+            return [None if job.chain is None and job.layer is two[0] else 1.0 for job in jobs]
+
+    with LatencyTable(tmp_path / "table.db") as table:
+        first, second = price([row(layer, (2.0, 1.0)) for layer in two], Lame(ONE, table), silent)
+    assert first.options == (first.keep,)
+    assert first.refusals == {"svd": "its own latency could not be measured"}
+    assert len(second.options) == 2
+    assert second.refusals == {}

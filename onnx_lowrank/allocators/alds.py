@@ -11,8 +11,8 @@ done `ALTERNATIONS` times from each of 15 starts (k near 3, 5, 7, 9, then random
 
 A family here is a decomposition with a number of slices: the local step chooses among all formats of the table. For
 given families the global step is exact, a binary search over the candidates' own errors where the authors solve for a
-root. `minimax` solves for families and ranks at once, and is never worse in this measure. The alternation may end beside
-the optimum, as the paper's does: in 8 of 312 budgets of small sliced networks, by 3.7 % at most.
+root. `minimax` solves for families and ranks at once, and is never worse in this measure. The alternation may miss the
+optimum, as the paper's does: in 8 of 312 budgets of small sliced networks, by 3.7 % at most.
 """
 
 from __future__ import annotations

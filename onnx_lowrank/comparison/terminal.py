@@ -136,9 +136,11 @@ def _closing(found: Comparison) -> Iterator[Text]:
     for row in (row for row in found.networks if len(row.used) > 1 and not row.same_as):
         used = ", ".join(f"{name} {count}" for name, count in sorted(row.used.items(), key=lambda item: -item[1]))
         yield Text(f"{row.name} at {row.budget} chose {used}")
+    fitted = any(layer.metric == "outputs" for layer in found.layers)
+    on = "; their errors are on the samples they were fitted to" if fitted else ""
     yield Text(
         f"{FRONT}: nothing compared has as little error in less time. Layers: chains alone, timed in turns with their "
-        "layer, before any refit"
+        f"layer, before any refit{on}"
     )
     if any(row.beyond for layer in found.layers for row in layer.contenders):
         yield Text(f"{BEYOND}: within the budget when it was chosen, beyond it when timed again")

@@ -20,6 +20,7 @@ from onnx_lowrank.search.factorizations import FactorizationCache
 Progress = Callable[[int, int], None]
 GridOf = Callable[[Layer], Grid]
 UNWANTED = -1.0
+UNTIMED = "its own latency could not be measured"
 MOST_WORKERS = 4  # each holds a weight and its bases
 
 
@@ -183,7 +184,8 @@ def price(
 ) -> list[Row]:
     """Time the wanted candidates of every row and all layers.
 
-    What cannot be timed is dropped (`timer.dropped`); what is not wanted, or not by time, stays without a latency.
+    What cannot be timed is dropped (`timer.dropped`), all formats of a layer where the layer itself cannot; what is not
+    wanted, or not by time, stays without a latency.
     """
     timed = [(row.layer, o) for row in rows if row.factorable for o in row.options if o.chain is None or wanted(o)]
     prices = timer.price([Job(layer, option.chain) for layer, option in timed], progress)
@@ -195,6 +197,9 @@ def price(
             continue
         found = [(option, ms.get((option.key, option.method, option.rank), UNWANTED)) for option in row.options]
         options = [o if t == UNWANTED else o.timed(t) for o, t in found if t is not None]
-        kept = tuple(options) if options and options[0].chain is None else (row.keep,)
-        priced.append(replace(row, options=kept))
+        if options and options[0].chain is None:
+            priced.append(replace(row, options=tuple(options)))
+        else:
+            untold = {option.method: UNTIMED for option in row.options[1:]}
+            priced.append(replace(row, options=(row.keep,), refusals={**row.refusals, **untold}))
     return priced
