@@ -138,7 +138,7 @@ def _network(
     if not problem.fits(problem.cheapest()):
         least = (problem.total(problem.cheapest()) + sizes[0] - sizes[1]) / sizes[0]
         return replace(row, reason=f"not reached: at least {least:.3f} of the {UNITS[cost_of(goal)]} remain")
-    choice = tuple((c.key, c.method, c.rank) for c in ground.allocator(problem) if c.chain is not None)
+    choice = tuple(c.name for c in ground.allocator(problem) if c.chain is not None)
     if choice in built:
         return replace(built[choice], name=row.name, formats=row.formats, same_as=built[choice].name)
     priced = priced_by_size(

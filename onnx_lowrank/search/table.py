@@ -189,13 +189,13 @@ def price(
     """
     timed = [(row.layer, o) for row in rows if row.factorable for o in row.options if o.chain is None or wanted(o)]
     prices = timer.price([Job(layer, option.chain) for layer, option in timed], progress)
-    ms = {(o.key, o.method, o.rank): price for (_, o), price in zip(timed, prices, strict=True)}
+    ms = {o.name: price for (_, o), price in zip(timed, prices, strict=True)}
     priced: list[Row] = []
     for row in rows:
         if not row.factorable:
             priced.append(row)
             continue
-        found = [(option, ms.get((option.key, option.method, option.rank), UNWANTED)) for option in row.options]
+        found = [(option, ms.get(option.name, UNWANTED)) for option in row.options]
         options = [o if t == UNWANTED else o.timed(t) for o, t in found if t is not None]
         if options and options[0].chain is None:
             priced.append(replace(row, options=tuple(options)))
