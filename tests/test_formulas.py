@@ -68,7 +68,9 @@ def stages(name: str, shape: LayerShape, rank: Rank) -> list[Counted]:  # noqa: 
         case "semi_tensor", (t, r1, r2):
             return [(c * r1 // t**2, t, ()), (r1 * r2 * k, 1, every), (s * r2 // t**2, t, ())]
         case "semi_tensor_train", (t, r1, r, r2):
-            core = [(r1 * kh * r, 1, every[:1]), (r * kw * r2, 1, every[1:])]
+            long = next((axis for axis in every if shape.kernel[axis] > 1), 0)
+            first, others = math.prod(shape.kernel[long : long + 1]), tuple(axis for axis in every if axis != long)
+            core = [(r1 * first * r, 1, every[long : long + 1]), (r * (k // first) * r2, 1, others)]
             return [(c * r1 // t**2, t, ()), *core, (s * r2 // t**2, t, ())]
         case "semi_tensor_ring", (t, r1, r2, r3):
             return [(r2 * c * r3 // t**2, t, ()), (r3 * r1 * k, r2, every), (r2 * s * r1 // t**2, t, ())]
