@@ -185,7 +185,6 @@ def _layers(model: ZooModel, found: Mapping[str, Any]) -> Iterator[dict[str, Sca
                 "of_layer": round(row["of_layer"], 4),
                 "ci95": span(row["ci95"]),
                 "beyond": row["beyond"],
-                "front": row["front"],
             }
 
 

@@ -111,6 +111,10 @@ class InRowSpace(Factorization):
         largest = output_norm(self._space.weight, self._gram)
         return output_norm(self._space.weight - dense, self._gram) / largest if largest > 0 else 0.0
 
+    def note(self, rank: Rank) -> str:
+        """That of the cut in the row space."""
+        return self._inner.note(rank)
+
     def factors(self, rank: Rank) -> tuple[Array, ...]:
         """Those of the matrix, widened."""
         return self._space.widened(self._inner.factors(rank), self._method.chain(self._shape, rank))

@@ -24,19 +24,26 @@ from onnx_lowrank.search.table import Row
 class Again:
     """Times chains again: these shares of their layer, in turn."""
 
-    found: Sequence[float]
+    found: Sequence[float | None]
 
     def shares(self, jobs: Sequence[Job], progress: Progress | None = None) -> list[Share | None]:
         del progress
         assert len(jobs) == 1 + len(self.found)
-        return [Share(1.0, share, (share, share)) for share in (1.0, *self.found)]
+        return [None if share is None else Share(1.0, share, (share, share)) for share in (1.0, *self.found)]
 
 
 @pytest.mark.parametrize(
-    ("again", "rank", "beyond"), [((0.49, 0.4), 2, False), ((0.53, 0.4), 1, False), ((0.53, 0.51), 1, True)]
+    ("again", "rank", "beyond"),
+    [
+        ((0.49, 0.4), 2, False),
+        ((0.53, 0.4), 1, False),
+        ((0.53, 0.51), 1, True),
+        ((0.53, None), 2, True),
+        ((None, 0.4), 1, False),
+    ],
 )
 def test_in_place_of_what_is_beyond_a_budget_of_speed_a_smaller_one_is_shown(
-    again: Sequence[float], rank: int, beyond: bool
+    again: Sequence[float | None], rank: int, beyond: bool
 ) -> None:
     layer = conv_layer("l", np.zeros((1, 8, 8, 3, 3), np.float32))
     kept, chain = keep(layer).timed(1.0), Chain.unfactored(layer.shape)

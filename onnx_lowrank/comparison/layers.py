@@ -71,7 +71,8 @@ def _contender(goal: Goal, row: Row, name: str, few: Sequence[tuple[Candidate, S
     if not few:
         return Contender(str(Budget.of(goal)), name, reason=_out_of_reach(goal, row, name))
     most = share_of(goal) if cost_of(goal) == "ms" else math.inf
-    best, share = next(((o, s) for o, s in few if s is not None and s.of_layer <= most), few[-1])
+    known = [(o, s) for o, s in few if s is not None] or few
+    best, share = next(((o, s) for o, s in known if s is not None and s.of_layer <= most), known[-1])
     found = Contender(str(Budget.of(goal)), name, best.rank, best.error, best.params, best.macs)
     if share is None:
         return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -150,7 +151,7 @@ class Loop:
     def _pick(self, goal: Goal, attempts: Sequence[Attempt]) -> Outcome:
         reached = [attempt for attempt in attempts if standing(goal, attempt)[0]]
         if reached:
-            best = min(reached, key=lambda attempt: self.damage(attempt.chosen))
+            best = min(reached, key=self._damage) if len(reached) > 1 else reached[0]
             best, back = self._guarded(best, lambda other: standing(goal, other)[0])
             return Outcome(best, reached=True, reason="measured", put_back=back)
         best = max(attempts, key=lambda attempt: standing(goal, attempt)[1])
@@ -165,6 +166,11 @@ class Loop:
         return Outcome(
             best, reached=False, reason=f"best found: {speed} as fast as the original; {limit}", put_back=back
         )
+
+    def _damage(self, attempt: Attempt) -> float:
+        """Infinite for what ruins the outputs."""
+        loss = self.damage(attempt.chosen)
+        return loss if math.isfinite(loss) else math.inf
 
     def _small_enough(self, goal: Goal, of_total: float, factorable: float) -> Outcome:
         """The choice of least loss within a share of MACs or parameters.

@@ -17,6 +17,8 @@ from onnx_lowrank.search.table import Row
 from onnx_lowrank.settings import Settings
 from onnx_lowrank.spectra import Unfolding
 
+GRID = 1.01  # budgets of searches are powers of it
+
 
 def rule_for(
     settings: Settings, rows: Sequence[Row], calibrated: CalibratedTable | None, deadline: float = math.inf
@@ -74,10 +76,12 @@ def rule_for(
 
 
 def _rounded(problem: Problem) -> float:
-    """A budget of time, rounded down to whole percents of what all layers take.
+    """A budget of time, less up to one percent, so that a search may be started again with the same one.
 
-    Timed again it comes out otherwise by a few tenths of a percent: a search that is killed and started again would
-    meet next to none of the choices that it had measured.
+    Timed again it comes out otherwise by a few tenths of a percent: a search that was killed would meet next to none of
+    the choices that it had measured. A budget that few choices meet stays as it is.
     """
-    step = sum(options[0].cost(problem.cost) for options in problem.layers) / 100
-    return math.floor(problem.budget / step) * step if step else problem.budget
+    if problem.budget <= 0:
+        return problem.budget
+    rounded = GRID ** math.floor(math.log(problem.budget, GRID))
+    return rounded if problem.total(problem.cheapest()) <= rounded else problem.budget
