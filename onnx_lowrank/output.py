@@ -12,6 +12,7 @@ from collections.abc import Generator
 from pathlib import Path
 
 from onnx_lowrank.errors import InputError
+from onnx_lowrank.graph import io
 
 
 def check_paths(out: Path, *inputs: Path | str | None) -> None:
@@ -60,14 +61,9 @@ def _folder_beside(out: Path) -> Path:
         raise InputError(f"{parent} ({error.strerror})", "a writable folder", "choose another") from error
 
 
-def data_of(path: Path) -> Path:
-    """The external data of a model that is written to `path`."""
-    return path.with_name(f"{path.name}.data")
-
-
 def publish(finished: Path, out: Path) -> None:
     """Move a finished file, its external data first, to where the user wants it: both or neither if interrupted."""
-    data = data_of(finished)
+    data = io.data_of(finished)
     with _undisturbed():
         if data.exists():
             data.replace(out.with_name(data.name))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -108,8 +109,11 @@ class InRowSpace(Factorization):
         if told is not None:
             return told
         dense = self._method.chain(self._space.shape, rank).dense(self._inner.factors(rank))
-        largest = output_norm(self._space.weight, self._gram)
-        return output_norm(self._space.weight - dense, self._gram) / largest if largest > 0 else 0.0
+        return output_norm(self._space.weight - dense, self._gram) / self._largest if self._largest > 0 else 0.0
+
+    @cached_property
+    def _largest(self) -> float:
+        return output_norm(self._space.weight, self._gram)
 
     def note(self, rank: Rank) -> str:
         """That of the cut in the row space."""

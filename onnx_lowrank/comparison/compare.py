@@ -23,7 +23,7 @@ from onnx_lowrank.latency.chains import ChainTimer
 from onnx_lowrank.latency.environment import environment
 from onnx_lowrank.latency.grid import channel_block
 from onnx_lowrank.latency.table import LatencyTable
-from onnx_lowrank.output import check_paths, data_of
+from onnx_lowrank.output import check_paths
 from onnx_lowrank.plan import PassSpec
 from onnx_lowrank.progress import Phases
 from onnx_lowrank.providers import require_provider
@@ -69,8 +69,8 @@ def compare(
     settings, phases = settings or Settings(), phases or Phases()
     settings = replace(settings, passes=_with_decompositions(settings.passes))
     kept = () if models is None else tuple(models / name for name in _files(goals, settings.passes))
-    written = (*beside, *kept, *map(data_of, kept))
-    for path in written:
+    written = (*beside, *kept)
+    for path in (*written, *map(io.data_of, kept)):
         check_paths(path, model, settings.calibration, settings.eval)
     require_provider(settings.target)
     with phases.phase("read"):

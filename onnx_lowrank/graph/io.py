@@ -209,9 +209,14 @@ class _Store:
                     tensor.external_data[0].value = location
 
 
+def data_of(path: Path) -> Path:
+    """The external data of a model that is written to `path`."""
+    return path.with_name(f"{path.name}.data")
+
+
 def _save_external(graph: Graph, path: Path) -> None:
     spare_sources(graph, path)
-    target = path.with_name(f"{path.name}.data")
+    target = data_of(path)
     new = not target.exists()
     try:
         with _replacing(path) as file, _replacing(target) as data:
@@ -234,7 +239,7 @@ def spare_sources(graph: Graph, path: Path) -> None:
     read = {region(t, graph.folder).file.resolve() for t in tensors(graph.to_proto(_bare)) if is_external(t)}
     if path.resolve() in read:
         raise InputError(f"{path}, which holds weights of the model", "a file the model is not read from", "rename it")
-    target = path.with_name(f"{path.name}.data").resolve()
+    target = data_of(path).resolve()
     if target in read:
         raise InputError(
             f"{path}, whose weights would replace {target}", "files the model is not read from", "rename it"

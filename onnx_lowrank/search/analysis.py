@@ -223,9 +223,8 @@ def pursue(
             both = [(ready.original, f"original {source.path.name}"), (ready.normalized, "normalized")]
             remember_models(ready.racer, both, baseline, prediction.drift)
         damage = table.measure if table is not None and settings.allocator in SEARCHING else loss_of
-        models = (ready.original, ready.normalized)
-        parts = (bench, prediction, baseline, ground.allocator, *models, plan_of, error_of, damage)
-        parts = (*parts, settings.allocator == "knapsack")
+        found = (bench, prediction, baseline, ground.allocator, ready.original, ready.normalized)
+        parts = (*found, plan_of, error_of, damage, settings.allocator == "knapsack")
         loop = (
             Foresight(*parts, planned_for=there.label, source=timer.source)
             if there

@@ -108,7 +108,7 @@ def straddling(goal: Goal, attempts: Sequence[Attempt]) -> tuple[Attempt, Attemp
 def mixed(fast: Attempt, slow: Attempt) -> tuple[Candidate, ...]:
     """The faster choice with half of the layers that differ as in the slower one: where that spares most loss."""
     pairs = list(zip(fast.chosen, slow.chosen, strict=True))
-    differing = [index for index, (a, b) in enumerate(pairs) if (a.method, a.rank) != (b.method, b.rank)]
+    differing = [index for index, (a, b) in enumerate(pairs) if a.name != b.name]
     differing.sort(key=lambda index: pairs[index][1].loss - pairs[index][0].loss)
     taken = differing[: (len(differing) + 1) // 2]
     return tuple(b if index in taken else a for index, (a, b) in enumerate(pairs))
