@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
-from scipy.linalg import cho_solve
+from scipy.linalg import cho_solve, solve_triangular
 
 from onnx_lowrank.chain import Chain, Stage
 from onnx_lowrank.decomposition import Decomposition, Factorization, Rank, require_counts, spaced
@@ -30,6 +30,9 @@ from onnx_lowrank.passes.decompose.tucker2 import subspaces
 _BLOCKS = (2, 4, 8)
 _SKEW = 1.35  # the shares of channels kept at both ends differ by this factor at most
 _SCREENING = 8  # sweeps after which the best start is known
+_SPARE = 1.5  # as many columns of the bases as the blocks' ends have together, times this
+_LAST = 4  # sweeps of the whole weight
+_IN_CHANNELS = 5  # sweeps in the metric of the input channels
 _TOLERANCE = 1e-3  # relative fall of the error per sweep at which iterations end
 _LIMIT = 10.0  # sum ||block||^2 / ||W||^2 above which a fit is not used
 
@@ -74,14 +77,7 @@ class BlockFit(Fitted):
 
     def fit(self, rank: Rank) -> tuple[Array, ...]:
         """Alternating least squares from the bases of one HOSVD."""
-        fitted = [self._fitted(group, rank) for group in range(len(self._flat))]
-        chain = self.method.chain(self.shape, rank)
-        parts = (
-            np.stack([blocks.first for blocks in fitted]),
-            np.stack([blocks.cores for blocks in fitted]),
-            np.stack([blocks.last.swapaxes(0, 1) for blocks in fitted]),
-        )
-        return tuple(part.reshape(stage.weight) for part, stage in zip(parts, chain.stages, strict=True))
+        return self._stages(rank, [self._fitted(group, rank) for group in range(len(self._flat))])
 
     def exact(self) -> tuple[Array, ...]:
         """One block: the weight itself between two identities."""
@@ -91,8 +87,24 @@ class BlockFit(Fitted):
         first, last = (eye.reshape(stage.weight) for eye, stage in zip(eyes, (stages[0], stages[-1]), strict=True))
         return first, self.weight.reshape(stages[1].weight), last
 
+    def in_channels(self, rank: Rank, factors: Sequence[Array], roots: Array) -> tuple[Array, ...] | None:
+        """The blocks of W R after a few sweeps, their first stages taken back."""
+        found: list[Blocks] = []
+        for weight, root, blocks in zip(self._flat, roots, self._blocks(rank, factors), strict=True):
+            begun = replace(blocks, first=blocks.first @ root)
+            swept, _ = _descended(np.einsum("sck,cd->sdk", weight, root), begun, _IN_CHANNELS)
+            rows = swept.first.reshape(-1, len(root)).T
+            back = solve_triangular(root, rows, lower=True, trans="T", check_finite=False).T
+            found.append(replace(swept, first=back.reshape(swept.first.shape)))
+        return self._stages(rank, found)
+
     def usable(self, rank: Rank, factors: Sequence[Array]) -> bool:
         """Whether the blocks do not cancel."""
+        energy = sum(blocks.energy for blocks in self._blocks(rank, factors))
+        return energy <= _LIMIT * float(np.vdot(self._flat, self._flat))
+
+    def _blocks(self, rank: Rank, factors: Sequence[Array]) -> list[Blocks]:
+        """Every group's blocks: what `_stages` has put together, taken apart."""
         count, left, right = rank
         groups, out, in_, taps = self._flat.shape
         parts = zip(
@@ -101,18 +113,37 @@ class BlockFit(Fitted):
             factors[2].reshape(groups, out, count, right).swapaxes(1, 2),
             strict=True,
         )
-        return sum(Blocks(*part).energy for part in parts) <= _LIMIT * float(np.vdot(self._flat, self._flat))
+        return [Blocks(*part) for part in parts]
+
+    def _stages(self, rank: Rank, fitted: Sequence[Blocks]) -> tuple[Array, ...]:
+        """Every group's blocks as weights of the chain."""
+        parts = (
+            np.stack([blocks.first for blocks in fitted]),
+            np.stack([blocks.cores for blocks in fitted]),
+            np.stack([blocks.last.swapaxes(0, 1) for blocks in fitted]),
+        )
+        stages = self.method.chain(self.shape, rank).stages
+        return tuple(part.reshape(stage.weight) for part, stage in zip(parts, stages, strict=True))
 
     def _fitted(self, group: int, rank: Rank) -> Blocks:
-        """From the start that is best after a few sweeps: bases as they are, or turned at random."""
+        """From the start that is best after a few sweeps: bases as they are, or turned at random.
+
+        All but the last sweeps are of the weight in the leading part of both bases.
+        """
         (count, left, right), weight, rng = rank, self._flat[group], np.random.default_rng(0)
+        u_in, u_out = (
+            basis[:, : math.ceil(_SPARE * count * size)]
+            for basis, size in zip(self._bases[group], (left, right), strict=True)
+        )
+        core = np.einsum("sck,cp->spk", np.einsum("sck,sq->qck", weight, u_out, optimize=True), u_in, optimize=True)
         begun: list[tuple[Blocks, float]] = []
         for turned in range(1 + self.restarts):
-            ends = zip(self._bases[group], (left, right), strict=True)
-            u_in, u_out = (_dealt(basis, count, size, rng, turned=turned > 0) for basis, size in ends)
-            blocks = Blocks(u_in.swapaxes(1, 2), np.zeros((count, right, left, weight.shape[2])), u_out)
-            begun.append(_descended(weight, _with_cores(weight, blocks), min(_SCREENING, self.sweeps)))
-        return _descended(weight, min(begun, key=lambda entry: entry[1])[0], self.sweeps - _SCREENING)[0]
+            v_in = _dealt(np.eye(u_in.shape[1]), count, left, rng, turned=turned > 0)
+            v_out = _dealt(np.eye(u_out.shape[1]), count, right, rng, turned=turned > 0)
+            blocks = Blocks(v_in.swapaxes(1, 2), np.zeros((count, right, left, weight.shape[2])), v_out)
+            begun.append(_descended(core, _with_cores(core, blocks), min(_SCREENING, self.sweeps)))
+        inside = _descended(core, min(begun, key=lambda entry: entry[1])[0], self.sweeps - _SCREENING)[0]
+        return _descended(weight, Blocks(inside.first @ u_in.T, inside.cores, u_out @ inside.last), _LAST)[0]
 
 
 def _descended(weight: Array, blocks: Blocks, sweeps: int) -> tuple[Blocks, float]:

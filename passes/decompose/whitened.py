@@ -20,6 +20,7 @@ from onnx_lowrank.linalg import NestedFit, placed_moments, whitened_rows
 
 Positions = NDArray[np.intp]
 _RIDGE = 1e-12
+_FLOOR = 1e-3
 
 
 def usable(gram: Array | None) -> Array | None:
@@ -27,6 +28,24 @@ def usable(gram: Array | None) -> Array | None:
     if gram is None or not np.isfinite(gram).all() or not np.trace(gram, axis1=1, axis2=2).sum() > 0:
         return None
     return gram.astype(np.float64, copy=False)
+
+
+def channel_roots(gram: Array, channels: int) -> Array:
+    """Lower R with R R^T = H + f I, H the second moments of the input channels, the mean of G over the taps.
+
+    Args:
+        gram: G, (g, n, n), n in the order (channel, tap).
+        channels: C.
+
+    Returns:
+        (g, C, C); f is a thousandth of the mean of H's diagonal: what is seen too seldom to be trusted must not grow on
+        the way back.
+    """
+    taps = gram.shape[1] // channels
+    means = np.einsum("gakbk->gab", gram.reshape(-1, channels, taps, channels, taps)).astype(np.float64) / taps
+    floors = _FLOOR * np.trace(means, axis1=1, axis2=2) / channels
+    floors = np.where(floors > 0, floors, 1.0)  # a group without inputs
+    return np.linalg.cholesky(means + floors[:, None, None] * np.eye(channels))
 
 
 class Whitened:
