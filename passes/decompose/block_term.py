@@ -32,7 +32,7 @@ _SKEW = 1.35  # the shares of channels kept at both ends differ by this factor a
 _SCREENING = 8  # sweeps after which the best start is known
 _SPARE = 1.5  # as many columns of the bases as the blocks' ends have together, times this
 _LAST = 4  # sweeps of the whole weight
-_IN_CHANNELS = 5  # sweeps in the metric of the input channels
+IN_CHANNELS = 5  # sweeps in the metric of the input channels
 _TOLERANCE = 1e-3  # relative fall of the error per sweep at which iterations end
 _LIMIT = 10.0  # sum ||block||^2 / ||W||^2 above which a fit is not used
 
@@ -92,7 +92,7 @@ class BlockFit(Fitted):
         found: list[Blocks] = []
         for weight, root, blocks in zip(self._flat, roots, self._blocks(rank, factors), strict=True):
             begun = replace(blocks, first=blocks.first @ root)
-            swept, _ = _descended(np.einsum("sck,cd->sdk", weight, root), begun, _IN_CHANNELS)
+            swept, _ = _descended(np.einsum("sck,cd->sdk", weight, root), begun, IN_CHANNELS)
             rows = swept.first.reshape(-1, len(root)).T
             back = solve_triangular(root, rows, lower=True, trans="T", check_finite=False).T
             found.append(replace(swept, first=back.reshape(swept.first.shape)))
