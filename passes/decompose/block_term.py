@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
-from scipy.linalg import cho_solve, solve_triangular
+from scipy.linalg import cho_solve
 
 from onnx_lowrank.chain import Chain, Stage
 from onnx_lowrank.decomposition import Decomposition, Factorization, Rank, require_counts, spaced
@@ -26,6 +26,7 @@ from onnx_lowrank.layer import Array, LayerShape
 from onnx_lowrank.linalg import scaled_root
 from onnx_lowrank.passes.decompose.fitted import Fitted
 from onnx_lowrank.passes.decompose.tucker2 import subspaces
+from onnx_lowrank.passes.decompose.whitened import Channels
 
 _BLOCKS = (2, 4, 8)
 _SKEW = 1.35  # the shares of channels kept at both ends differ by this factor at most
@@ -65,6 +66,8 @@ class Blocks:
 class BlockFit(Fitted):
     """Blocks of every group at the ranks asked for."""
 
+    mixes: ClassVar[bool] = True
+
     def __init__(self, method: BlockTerm, weight: Array, gram: Array | None) -> None:
         super().__init__(method, weight, gram)
         self.sweeps, self.restarts = method.sweeps, method.restarts
@@ -87,15 +90,15 @@ class BlockFit(Fitted):
         first, last = (eye.reshape(stage.weight) for eye, stage in zip(eyes, (stages[0], stages[-1]), strict=True))
         return first, self.weight.reshape(stages[1].weight), last
 
-    def in_channels(self, rank: Rank, factors: Sequence[Array], roots: Array) -> tuple[Array, ...] | None:
+    def in_channels(self, rank: Rank, factors: Sequence[Array], channels: Channels) -> tuple[Array, ...]:
         """The blocks of W R after a few sweeps, their first stages taken back."""
         found: list[Blocks] = []
-        for weight, root, blocks in zip(self._flat, roots, self._blocks(rank, factors), strict=True):
-            begun = replace(blocks, first=blocks.first @ root)
-            swept, _ = _descended(np.einsum("sck,cd->sdk", weight, root), begun, IN_CHANNELS)
-            rows = swept.first.reshape(-1, len(root)).T
-            back = solve_triangular(root, rows, lower=True, trans="T", check_finite=False).T
-            found.append(replace(swept, first=back.reshape(swept.first.shape)))
+        for group, blocks in enumerate(self._blocks(rank, factors)):
+            begun = replace(blocks, first=channels.into(group, blocks.first))
+            weight = channels.weight[group].reshape(self._flat.shape[1:])
+            swept, _ = _descended(weight, begun, min(IN_CHANNELS, self.sweeps))
+            rows = channels.back(group, swept.first.reshape(-1, swept.first.shape[2]))
+            found.append(replace(swept, first=rows.reshape(swept.first.shape)))
         return self._stages(rank, found)
 
     def usable(self, rank: Rank, factors: Sequence[Array]) -> bool:
@@ -142,8 +145,10 @@ class BlockFit(Fitted):
             v_out = _dealt(np.eye(u_out.shape[1]), count, right, rng, turned=turned > 0)
             blocks = Blocks(v_in.swapaxes(1, 2), np.zeros((count, right, left, weight.shape[2])), v_out)
             begun.append(_descended(core, _with_cores(core, blocks), min(_SCREENING, self.sweeps)))
-        inside = _descended(core, min(begun, key=lambda entry: entry[1])[0], self.sweeps - _SCREENING)[0]
-        return _descended(weight, Blocks(inside.first @ u_in.T, inside.cores, u_out @ inside.last), _LAST)[0]
+        inside = _descended(core, min(begun, key=lambda entry: entry[1])[0], self.sweeps - _SCREENING - _LAST)[0]
+        return _descended(
+            weight, Blocks(inside.first @ u_in.T, inside.cores, u_out @ inside.last), min(_LAST, self.sweeps)
+        )[0]
 
 
 def _descended(weight: Array, blocks: Blocks, sweeps: int) -> tuple[Blocks, float]:

@@ -10,7 +10,8 @@ outputs, or the last one some of the inputs, there is the sweep alone.
 
 Formats whose first stage mixes the input channels alone go on before that, in the metric of the channels' second moment
 H, the mean of G over the taps (`in_channels`): with H = R R^T that is the same fit of W R, whose first stage is B R, so
-that the format's own sweeps serve. T is taken from these factors or from the data-free ones, whichever explain more.
+that the format's own sweeps serve. T is taken from these factors where they explain far more than the data-free ones,
+else from either: what errs less after the sweep.
 HED's conv4_2 in 128 terms of `cp`: data-free .356, solved and swept .142, five sweeps in the metric of channels before
 that .127; fits from the beginning in that metric take as long as data-free ones, and ended at .129.
 
@@ -20,10 +21,12 @@ were asked for so far, or the ones the format names (`lower`): what a rank gets 
 
 from __future__ import annotations
 
+import logging
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -33,8 +36,10 @@ from onnx_lowrank.decomposition import Decomposition, Factorization, Rank
 from onnx_lowrank.layer import Array, LayerShape
 from onnx_lowrank.linalg import NestedFit
 from onnx_lowrank.multilinear import refine, working
-from onnx_lowrank.passes.decompose.whitened import channel_roots, usable
+from onnx_lowrank.passes.decompose.whitened import Channels, usable
 
+logger = logging.getLogger(__name__)
+_FAR = 0.75  # of the energy left by data-free features: at .79 one sweep still turned the order round
 _JITTER = {np.dtype(np.float32): 1e-7, np.dtype(np.float64): 1e-12}
 
 
@@ -49,12 +54,17 @@ class _Fit:
 class Fitted(Factorization):
     """Fits of one weight, made when their rank is first asked for.
 
+    Attributes:
+        mixes: Whether the first stage mixes the input channels alone, and fits go on in their metric (`in_channels`).
+
     Args:
         method: The format.
         weight: (g, S, C, *kernel).
         gram: Second moments (g, n, n) or None, see `Decomposition.factorize`.
         most: The only rank that will be asked for; None: any. Lower ones are fitted to `gram` only if it is not usable.
     """
+
+    mixes: ClassVar[bool] = False
 
     def __init__(self, method: Decomposition, weight: Array, gram: Array | None, most: Rank | None = None) -> None:
         groups, out, in_, *kernel = weight.shape
@@ -68,7 +78,7 @@ class Fitted(Factorization):
         self._only = None if metric is None else most
         self._fits: dict[Rank, _Fit] = {}
         self._told: dict[Rank, tuple[float, Rank]] = {}
-        self._roots: Array | None = None
+        self._channels: Channels | None = None
 
     @abstractmethod
     def fit(self, rank: Rank) -> tuple[Array, ...]:
@@ -82,15 +92,9 @@ class Fitted(Factorization):
         """The ranks below that are fitted first, lowest first; None: those that were asked for."""
         return None
 
-    def in_channels(self, rank: Rank, factors: Sequence[Array], roots: Array) -> tuple[Array, ...] | None:  # noqa: ARG002 - for formats whose first stage mixes channels alone
-        """Data-free factors after a few sweeps in the metric of the input channels; None for formats without.
-
-        Args:
-            rank: Of the factors.
-            factors: Where to start.
-            roots: R, lower triangular, (g, C, C).
-        """
-        return None
+    def in_channels(self, rank: Rank, factors: Sequence[Array], channels: Channels) -> tuple[Array, ...]:
+        """Data-free factors after a few sweeps in the metric of the input channels, for formats that say `mixes`."""
+        raise NotImplementedError
 
     def usable(self, rank: Rank, factors: Sequence[Array]) -> bool:  # noqa: ARG002 - for formats that can degenerate
         """Whether factors may be handed out."""
@@ -151,22 +155,32 @@ class Fitted(Factorization):
         if self._gram is None:
             error = float(np.linalg.norm(self.weight - chain.dense(factors))) / math.sqrt(self._total)
         else:
-            factors, error = self._refined(rank, chain, self._calibrated(rank, chain, factors, self._gram), self._gram)
+            factors, error = self._calibrated(rank, chain, factors, self._gram)
         lower = self.lower(rank)
         lowest = not (self._fits_below(rank) if lower is None else lower)  # something must be handed out
-        return _Fit(factors, error if lowest or self.usable(rank, factors) else math.inf)
+        if lowest or self.usable(rank, factors):
+            return _Fit(factors, error)
+        logger.info(
+            "%s %s is degenerate at rank %s: a lower one's factors are used", self.method.name, self.shape, rank
+        )
+        return _Fit(factors, math.inf)
 
-    def _calibrated(self, rank: Rank, chain: Chain, factors: tuple[Array, ...], gram: Array) -> tuple[Array, ...]:
-        """The last stage solved for, on data-free features or on those of the channels' metric: which explain more."""
-        solved, explained = self._solved(chain, factors, gram)
-        if explained is None:
-            return solved
-        self._roots = channel_roots(gram, self.shape.in_) if self._roots is None else self._roots
-        swept = self.in_channels(rank, factors, self._roots)
-        if swept is None:
-            return solved
-        other, more = self._solved(chain, swept, gram)
-        return other if more is not None and more > explained and self.usable(rank, other) else solved
+    def _calibrated(
+        self, rank: Rank, chain: Chain, factors: tuple[Array, ...], gram: Array
+    ) -> tuple[tuple[Array, ...], float]:
+        """Factors for the outputs and their error, from data-free features or from those of the channels' metric.
+
+        Where the latter explain little more the sweep over all stages may turn the order round: both are tried.
+        """
+        found, explained = self._solved(chain, factors, gram)
+        if explained is None or not self.mixes:
+            return self._refined(rank, chain, found, gram)
+        if self._channels is None:
+            self._channels = Channels(self.weight, gram)
+        other, more = self._solved(chain, self.in_channels(rank, factors, self._channels), gram)
+        far = more is not None and self._total - more < _FAR * (self._total - explained)
+        starts = [start for start in ([other] if far else [found, other]) if self.usable(rank, start)] or [found]
+        return min((self._refined(rank, chain, start, gram) for start in starts), key=lambda made: made[1])
 
     def _solved(self, chain: Chain, factors: tuple[Array, ...], gram: Array) -> tuple[tuple[Array, ...], float | None]:
         """The factors with the last one solved for, and the energy of the outputs that these explain.

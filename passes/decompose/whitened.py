@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import solve_triangular
 
 from onnx_lowrank.layer import Array
-from onnx_lowrank.linalg import NestedFit, placed_moments, whitened_rows
+from onnx_lowrank.linalg import NestedFit, placed_moments, scaled_root, whitened_rows
 
 Positions = NDArray[np.intp]
 _RIDGE = 1e-12
@@ -30,22 +31,39 @@ def usable(gram: Array | None) -> Array | None:
     return gram.astype(np.float64, copy=False)
 
 
-def channel_roots(gram: Array, channels: int) -> Array:
-    """Lower R with R R^T = H + f I, H the second moments of the input channels, the mean of G over the taps.
+class Channels:
+    """A weight in the metric of its input channels: W R with R R^T = H + f I, H the mean of G over the taps.
+
+    f is a thousandth of the mean of H's diagonal: what is seen too seldom to be trusted must not grow on the way back.
 
     Args:
+        weight: W, (g, S, C, *kernel).
         gram: G, (g, n, n), n in the order (channel, tap).
-        channels: C.
 
-    Returns:
-        (g, C, C); f is a thousandth of the mean of H's diagonal: what is seen too seldom to be trusted must not grow on
-        the way back.
+    Attributes:
+        roots: R, lower triangular, (g, C, C).
+        weight: W R, shaped as W.
     """
-    taps = gram.shape[1] // channels
-    means = np.einsum("gakbk->gab", gram.reshape(-1, channels, taps, channels, taps)).astype(np.float64) / taps
-    floors = _FLOOR * np.trace(means, axis1=1, axis2=2) / channels
-    floors = np.where(floors > 0, floors, 1.0)  # a group without inputs
-    return np.linalg.cholesky(means + floors[:, None, None] * np.eye(channels))
+
+    def __init__(self, weight: Array, gram: Array) -> None:
+        groups, out, channels = weight.shape[:3]
+        taps = gram.shape[1] // channels
+        means = np.einsum("gakbk->gab", gram.reshape(groups, channels, taps, channels, taps)).astype(np.float64) / taps
+        floors = _FLOOR * np.trace(means, axis1=1, axis2=2) / channels
+        energies = np.clip(np.diagonal(means, axis1=1, axis2=2), 0.0, None)
+        each = np.arange(channels)
+        means[:, each, each] = energies + np.where(floors > 0, floors, 1.0)[:, None]  # 1: a group without inputs
+        self.roots = np.stack([lower / scale[:, None] for lower, scale in map(scaled_root, means)])
+        columns = weight.reshape(groups, out, channels, taps)
+        self.weight = (self.roots.swapaxes(1, 2)[:, None] @ columns).reshape(weight.shape)
+
+    def into(self, group: int, rows: Array) -> Array:
+        """First-stage weights B (.., C) as those of the weight in this metric: B R."""
+        return rows @ self.roots[group]
+
+    def back(self, group: int, rows: Array) -> Array:
+        """B (R, C) from B R."""
+        return solve_triangular(self.roots[group], rows.T, lower=True, trans="T", check_finite=False).T
 
 
 class Whitened:
