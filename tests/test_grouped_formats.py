@@ -12,7 +12,7 @@ from tensorly.decomposition import tensor_train
 from onnx_lowrank.chain import Chain, Stage
 from onnx_lowrank.decomposition import Rank, spaced
 from onnx_lowrank.layer import LayerShape
-from onnx_lowrank.passes.decompose import decompositions
+from onnx_lowrank.passes.decompose import block_term, decompositions
 from onnx_lowrank.passes.decompose.block_term import BlockTerm
 
 METHODS = decompositions()
@@ -54,6 +54,18 @@ def test_planted_blocks_are_found(groups: int, seed: int) -> None:
     chain, rng = method.chain(shape, (2, 2, 3)), np.random.default_rng(seed)
     weight = chain.dense([rng.standard_normal(stage.weight) for stage in chain.stages])
     assert method.factorize(weight).error((2, 2, 3)) < 1e-3
+
+
+def test_planted_blocks_are_found_in_single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last sweeps, of the whole weight, are in double precision: what is left is below that of single precision."""
+    monkeypatch.setattr(block_term, "LARGE", 0)
+    shape, method, rank = LayerShape(1, 64, 60, (3, 3)), BlockTerm(restarts=6), (2, 4, 5)
+    chain, rng = method.chain(shape, rank), np.random.default_rng(0)
+    weight = chain.dense([rng.standard_normal(stage.weight) for stage in chain.stages])
+    noise = rng.standard_normal(weight.shape) * 1e-6 * np.linalg.norm(weight) / np.sqrt(weight.size)
+    made = method.factorize(weight + noise)
+    assert made.error(rank) < 5e-6
+    assert all(factor.dtype == np.float64 for factor in made.factors(rank))
 
 
 def test_shared_axes_need_another_stage_that_says_their_lengths() -> None:

@@ -33,6 +33,7 @@ _SKEW = 1.35  # the shares of channels kept at both ends differ by this factor a
 _SCREENING = 8  # sweeps after which the best start is known
 _SPARE = 1.5  # as many columns of the bases as the blocks' ends have together, times this
 _LAST = 4  # sweeps of the whole weight
+LARGE = 1 << 15  # entries from which on single precision pays
 IN_CHANNELS = 5  # sweeps in the metric of the input channels
 _TOLERANCE = 1e-3  # relative fall of the error per sweep at which iterations end
 _LIMIT = 10.0  # sum ||block||^2 / ||W||^2 above which a fit is not used
@@ -131,7 +132,8 @@ class BlockFit(Fitted):
     def _fitted(self, group: int, rank: Rank) -> Blocks:
         """From the start that is best after a few sweeps: bases as they are, or turned at random.
 
-        All but the last sweeps are of the weight in the leading part of both bases.
+        All but the last sweeps are of the weight in the leading part of both bases, in float32 where that is large;
+        what is solved stays in float64.
         """
         (count, left, right), weight, rng = rank, self._flat[group], np.random.default_rng(0)
         u_in, u_out = (
@@ -140,15 +142,15 @@ class BlockFit(Fitted):
         )
         core = np.einsum("sck,cp->spk", np.einsum("sck,sq->qck", weight, u_out, optimize=True), u_in, optimize=True)
         begun: list[tuple[Blocks, float]] = []
+        core = core.astype(np.float32) if core.size >= LARGE else core
         for turned in range(1 + self.restarts):
-            v_in = _dealt(np.eye(u_in.shape[1]), count, left, rng, turned=turned > 0)
-            v_out = _dealt(np.eye(u_out.shape[1]), count, right, rng, turned=turned > 0)
-            blocks = Blocks(v_in.swapaxes(1, 2), np.zeros((count, right, left, weight.shape[2])), v_out)
+            v_in = _dealt(np.eye(u_in.shape[1]), count, left, rng, turned=turned > 0).astype(core.dtype)
+            v_out = _dealt(np.eye(u_out.shape[1]), count, right, rng, turned=turned > 0).astype(core.dtype)
+            blocks = Blocks(v_in.swapaxes(1, 2), np.zeros((count, right, left, weight.shape[2]), core.dtype), v_out)
             begun.append(_descended(core, _with_cores(core, blocks), min(_SCREENING, self.sweeps)))
         inside = _descended(core, min(begun, key=lambda entry: entry[1])[0], self.sweeps - _SCREENING - _LAST)[0]
-        return _descended(
-            weight, Blocks(inside.first @ u_in.T, inside.cores, u_out @ inside.last), min(_LAST, self.sweeps)
-        )[0]
+        outside = Blocks(inside.first @ u_in.T, inside.cores.astype(np.float64), u_out @ inside.last)
+        return _descended(weight, outside, min(_LAST, self.sweeps))[0]
 
 
 def _descended(weight: Array, blocks: Blocks, sweeps: int) -> tuple[Blocks, float]:
@@ -204,8 +206,8 @@ def _with_cores(weight: Array, blocks: Blocks) -> Blocks:
 
 
 def _least_squares(gram: Array, cross: Array) -> Array:
-    lower, scale = scaled_root(gram)
-    return cho_solve((lower, True), cross * scale[:, None], check_finite=False) * scale[:, None]
+    lower, scale = scaled_root(gram.astype(np.float64, copy=False))
+    return (cho_solve((lower, True), cross * scale[:, None], check_finite=False) * scale[:, None]).astype(cross.dtype)
 
 
 @dataclass(frozen=True)
