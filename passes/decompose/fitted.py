@@ -51,6 +51,9 @@ class _Fit:
     error: float
 
 
+_Made = tuple[tuple[Array, ...], Array]  # factors, and the squared error of each group's outputs
+
+
 class Fitted(Factorization):
     """Fits of one weight, made when their rank is first asked for.
 
@@ -74,7 +77,8 @@ class Fitted(Factorization):
         metric = usable(gram)
         self._product = self._matrix if metric is None else self._matrix @ metric
         self._gram = None if metric is None else working(metric)
-        self._total = float(np.vdot(self._product, self._matrix))
+        self._energies = np.einsum("gsn,gsn->g", self._product, self._matrix)
+        self._total = float(self._energies.sum())
         self._only = None if metric is None else most
         self._fits: dict[Rank, _Fit] = {}
         self._told: dict[Rank, tuple[float, Rank]] = {}
@@ -155,7 +159,8 @@ class Fitted(Factorization):
         if self._gram is None:
             error = float(np.linalg.norm(self.weight - chain.dense(factors))) / math.sqrt(self._total)
         else:
-            factors, error = self._calibrated(rank, chain, factors, self._gram)
+            factors, left = self._calibrated(rank, chain, factors, self._gram)
+            error = math.sqrt(max(float(left.sum()), 0.0) / self._total)
         lower = self.lower(rank)
         lowest = not (self._fits_below(rank) if lower is None else lower)  # something must be handed out
         if lowest or self.usable(rank, factors):
@@ -165,10 +170,8 @@ class Fitted(Factorization):
         )
         return _Fit(factors, math.inf)
 
-    def _calibrated(
-        self, rank: Rank, chain: Chain, factors: tuple[Array, ...], gram: Array
-    ) -> tuple[tuple[Array, ...], float]:
-        """Factors for the outputs and their error, from data-free features or from those of the channels' metric.
+    def _calibrated(self, rank: Rank, chain: Chain, factors: tuple[Array, ...], gram: Array) -> _Made:
+        """Factors for the outputs, from data-free features or from those of the channels' metric, group by group.
 
         Where the latter explain little more the sweep over all stages may turn the order round: both are tried.
         """
@@ -178,12 +181,21 @@ class Fitted(Factorization):
         if self._channels is None:
             self._channels = Channels(self.weight, gram)
         other, more = self._solved(chain, self.in_channels(rank, factors, self._channels), gram)
-        far = more is not None and self._total - more < _FAR * (self._total - explained)
-        starts = [start for start in ([other] if far else [found, other]) if self.usable(rank, start)] or [found]
-        return min((self._refined(rank, chain, start, gram) for start in starts), key=lambda made: made[1])
+        if more is None or not self.usable(rank, other):
+            return self._refined(rank, chain, found, gram)
+        far = self._energies - more < _FAR * (self._energies - explained)
+        swept = self._refined(rank, chain, other, gram)
+        if far.all():
+            return swept
+        plain = self._refined(rank, chain, found, gram)
+        better = far | (swept[1] < plain[1])
+        mixed = _picked(chain, better, swept[0], plain[0])
+        if self.usable(rank, mixed):
+            return mixed, np.where(better, swept[1], plain[1])
+        return plain if self.usable(rank, plain[0]) else swept
 
-    def _solved(self, chain: Chain, factors: tuple[Array, ...], gram: Array) -> tuple[tuple[Array, ...], float | None]:
-        """The factors with the last one solved for, and the energy of the outputs that these explain.
+    def _solved(self, chain: Chain, factors: tuple[Array, ...], gram: Array) -> tuple[tuple[Array, ...], Array | None]:
+        """The factors with the last one solved for, and the energy of each group's outputs that these explain.
 
         As they are, and None, where the last one does not alone hold the outputs and none of the inputs.
         """
@@ -200,17 +212,23 @@ class Fitted(Factorization):
         fits = [NestedFit(half @ row.T, row @ product.T, jitter) for half, row, product in triples]
         last = [fit.solve(rows.shape[1]).T for fit in fits]
         found = _balanced((*factors[:-1], np.stack(last).reshape(chain.stages[-1].weight)))
-        return found, sum(float(np.vdot(fit.explained, fit.explained)) for fit in fits)
+        return found, np.array([float(np.vdot(fit.explained, fit.explained)) for fit in fits])
 
-    def _refined(
-        self, rank: Rank, chain: Chain, factors: tuple[Array, ...], gram: Array
-    ) -> tuple[tuple[Array, ...], float]:
-        """The factors after one sweep, or as they were where they must not be used then, and their output error."""
+    def _refined(self, rank: Rank, chain: Chain, factors: tuple[Array, ...], gram: Array) -> _Made:
+        """The factors after one sweep, or as they were where they must not be used then."""
         refined = refine(chain, factors, self.weight, gram, sweeps=1)
         best = refined if self.usable(rank, refined) else factors
         difference = (chain.dense(best) - self.weight).reshape(self._matrix.shape).astype(gram.dtype, copy=False)
-        squared = float(np.sum((difference @ gram) * difference, dtype=np.float64))
-        return best, math.sqrt(max(squared, 0.0) / self._total)
+        return best, np.asarray(np.sum((difference @ gram) * difference, axis=(1, 2), dtype=np.float64))
+
+
+def _picked(chain: Chain, first: Array, ours: Sequence[Array], theirs: Sequence[Array]) -> tuple[Array, ...]:
+    """`ours` in the groups where `first` holds, `theirs` in the others."""
+    group, pairs = chain.axes[0], zip(chain.apart(ours), chain.apart(theirs), strict=True)
+    return tuple(
+        np.where(first.reshape([-1 if letter == group else 1 for letter in letters]), *pair).reshape(stage.weight)
+        for letters, pair, stage in zip(chain.letters[0], pairs, chain.stages, strict=True)
+    )
 
 
 def _balanced(factors: Sequence[Array]) -> tuple[Array, ...]:
