@@ -2,6 +2,7 @@
 
     python -m benchmarks.accuracy fashion [embedded resnet20 vgg] --values 0.5 0.4 0.3 0.2
     python -m benchmarks.accuracy hed --values 2.9 3.9 4.9 6
+    python -m benchmarks.accuracy hed --values 4.9 5.5 --methods calibrated_closed calibrated_more --samples 64
     python -m benchmarks.accuracy ocr_rec | efficientnet | minilm | minilm_fast [--methods calibrated data_free]
     python -m benchmarks.accuracy samples [embedded minilm hed] [--samples 32 128 512 2048] [--draws 1]
     python -m benchmarks.accuracy time [hed minilm]
@@ -56,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     budgets = argparse.ArgumentParser(add_help=False)
     budgets.add_argument("--values", type=float, nargs="+", help="of the goal; those of the sweep by default")
     budgets.add_argument("--methods", nargs="+", choices=METHODS, help="those of the sweep by default")
+    budgets.add_argument("--samples", type=int, help="to calibrate on; as many as there are by default")
     experiments = parser.add_subparsers(dest="experiment", required=True)
     on_fashion = experiments.add_parser("fashion", parents=[common, budgets], help="networks on Fashion-MNIST")
     on_fashion.add_argument("names", nargs="*", metavar="NET", help=f"of {', '.join(NETS)}; all by default")
@@ -71,6 +73,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _sweep(name: str, sweep: Sweep, asked: argparse.Namespace) -> int:
+    if asked.samples:
+        sweep = replace(sweep, options=(*sweep.options, "--samples", str(asked.samples)))
     cases = sweep.cases(asked.values or sweep.values, asked.methods or sweep.methods, asked.threads)
     return record(f"accuracy_{name}", cases, sweep.columns, asked.runs, asked.results)
 
