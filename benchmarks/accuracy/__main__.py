@@ -2,7 +2,7 @@
 
     python -m benchmarks.accuracy fashion [embedded resnet20 vgg] --values 0.5 0.4 0.3 0.2
     python -m benchmarks.accuracy hed --values 2.9 3.9 4.9 6
-    python -m benchmarks.accuracy hed --values 4.9 5.5 --methods calibrated_closed calibrated_more --samples 64
+    python -m benchmarks.accuracy hed --values 5.3 --methods calibrated_closed calibrated_blocks --samples 64
     python -m benchmarks.accuracy ocr_rec | efficientnet | minilm | minilm_fast [--methods calibrated data_free]
     python -m benchmarks.accuracy samples [embedded minilm hed] [--samples 32 128 512 2048] [--draws 1]
     python -m benchmarks.accuracy time [hed minilm]

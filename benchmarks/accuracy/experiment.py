@@ -19,11 +19,13 @@ from onnx_lowrank.catalogue import default_decompositions
 from onnx_lowrank.latency.table import CACHE_VARIABLE
 
 CLOSED_FORM = ("--passes", "svd,svd_input,spatial_svd,spatial_svd_reversed,tucker2")
+BLOCKS = ("--passes", ",".join([*default_decompositions(), "block_term{restarts=0,sweeps=12}"]))
 MORE = ("--passes", ",".join([*default_decompositions(), "cp_spatial", "block_term", "grouped_svd", "tensor_train"]))
 KEYS = ("model", "method", "goal")
 METHODS = {
     "calibrated": (),
     "calibrated_closed": CLOSED_FORM,
+    "calibrated_blocks": BLOCKS,
     "calibrated_more": MORE,
     "data_free": (),
     "energy": ("--allocator", "energy", *CLOSED_FORM),
@@ -32,7 +34,8 @@ METHODS = {
 """Name in the tables -> options; `calibrated` ones are given the calibration data.
 
 The rules of the literature, and what they are compared with, have the formats that follow from singular values.
-`calibrated_more` adds to the default formats those by name that came near the front on HED (`benchmarks.formats`).
+`calibrated_more` adds to the default formats those by name that came near the front on HED (`benchmarks.formats`),
+`calibrated_blocks` block terms alone, quickly fitted.
 """
 
 
