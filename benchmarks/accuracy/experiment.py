@@ -34,8 +34,8 @@ METHODS = {
 """Name in the tables -> options; `calibrated` ones are given the calibration data.
 
 The rules of the literature, and what they are compared with, have the formats that follow from singular values.
-`calibrated_more` adds to the default formats those by name that came near the front on HED (`benchmarks.formats`),
-`calibrated_blocks` block terms alone, quickly fitted.
+`calibrated_more` adds to the default formats those by name that came near the front on HED (`benchmarks.formats`);
+`calibrated_blocks` adds only block terms, fitted in fewer sweeps from one start.
 """
 
 

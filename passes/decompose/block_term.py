@@ -24,7 +24,7 @@ from onnx_lowrank.chain import Chain, Stage
 from onnx_lowrank.decomposition import Decomposition, Factorization, Rank, require_counts, spaced
 from onnx_lowrank.layer import Array, LayerShape
 from onnx_lowrank.linalg import scaled_root
-from onnx_lowrank.passes.decompose.fitted import Fitted
+from onnx_lowrank.passes.decompose.fitted import IN_CHANNELS, Fitted
 from onnx_lowrank.passes.decompose.tucker2 import subspaces
 from onnx_lowrank.passes.decompose.whitened import Channels
 
@@ -34,7 +34,6 @@ _SCREENING = 8  # sweeps after which the best start is known
 _SPARE = 1.5  # as many columns of the bases as the blocks' ends have together, times this
 _LAST = 4  # sweeps of the whole weight
 LARGE = 1 << 15  # entries from which on single precision pays
-IN_CHANNELS = 5  # sweeps in the metric of the input channels
 _TOLERANCE = 1e-3  # relative fall of the error per sweep at which iterations end
 _LIMIT = 10.0  # sum ||block||^2 / ||W||^2 above which a fit is not used
 

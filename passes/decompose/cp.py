@@ -25,14 +25,13 @@ from onnx_lowrank.chain import Chain, Stage
 from onnx_lowrank.decomposition import Decomposition, Factorization, Rank, require_counts
 from onnx_lowrank.layer import Array, LayerShape, Shape
 from onnx_lowrank.passes.decompose.cp_als import Problem, Terms, exact_terms
-from onnx_lowrank.passes.decompose.fitted import Fitted
+from onnx_lowrank.passes.decompose.fitted import IN_CHANNELS, Fitted
 from onnx_lowrank.passes.decompose.whitened import Channels
 
 LIMIT, CALM = 10.0, 2.0  # sum ||term||^2 / ||W||^2: above the first terms are corrected, down to the second if they can
 SLACK = 0.01
 RIDGE = 3e-3  # at 1e-3 and 1e-2 HED's layers take half the time of none, with terms a third as large or less
 POLISH = 2  # sweeps without it at the end
-IN_CHANNELS = 5  # sweeps in the metric of the input channels; forty gain 1 % more
 WIDE = 1 << 18  # weights beyond which ranks are fewer
 
 
