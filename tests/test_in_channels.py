@@ -11,12 +11,13 @@ from formats import METHODS
 
 from onnx_lowrank.decomposition import Rank
 from onnx_lowrank.layer import Array, LayerShape, Shape
-from onnx_lowrank.passes.decompose import block_term, cp, fitted
+from onnx_lowrank.passes.decompose import block_term, cp, mixing
 from onnx_lowrank.passes.decompose.fitted import Fitted
+from onnx_lowrank.passes.decompose.mixing import MixingFit
 from onnx_lowrank.passes.decompose.whitened import Channels
 
 RANKS: dict[str, Rank] = {"cp": (6,), "cp_spatial": (6,), "block_term": (2, 3, 4)}
-FITS: tuple[type[Fitted], ...] = (cp.CpFit, block_term.BlockFit)
+FITS: tuple[type[MixingFit], ...] = (cp.CpFit, block_term.BlockFit)
 every_fit = pytest.mark.parametrize(("name", "rank"), RANKS.items())
 
 
@@ -61,7 +62,7 @@ def test_without_a_sweep_nothing_changes(name: str, rank: Rank, kernel: Shape, m
         return
     weight = np.random.default_rng(1).standard_normal(shape.weight)
     chain, made = METHODS[name].chain(shape, rank), METHODS[name].factorize(weight)
-    assert isinstance(made, Fitted)
+    assert isinstance(made, MixingFit)
     before = made.factors(rank)
     after = made.in_channels(rank, before, Channels(weight, moment(shape, 1e4)))
     assert [factor.shape for factor in after] == [stage.weight for stage in chain.stages]
@@ -117,12 +118,12 @@ def test_bad_features_are_not_taken(name: str, rank: Rank, refuse: bool, monkeyp
     usable = {fit: fit.usable for fit in FITS}
     marked: list[Array] = []
 
-    def spoilt(fit: Fitted, rank: Rank, factors: Sequence[Array], channels: Channels) -> tuple[Array, ...]:
+    def spoilt(fit: MixingFit, rank: Rank, factors: Sequence[Array], channels: Channels) -> tuple[Array, ...]:
         found = made_in[type(fit)](fit, rank, factors, channels)
         marked.append(found[0])
         return found if refuse else tuple(np.zeros_like(factor) for factor in found)
 
-    def refused(fit: Fitted, rank: Rank, factors: Sequence[Array]) -> bool:
+    def refused(fit: MixingFit, rank: Rank, factors: Sequence[Array]) -> bool:
         ratios = [factors[0] / each for each in marked if refuse and each.shape == factors[0].shape]
         return not any(np.allclose(ratio, ratio.flat[0]) for ratio in ratios) and usable[type(fit)](fit, rank, factors)
 
@@ -138,10 +139,10 @@ def test_bad_features_are_not_taken(name: str, rank: Rank, refuse: bool, monkeyp
 
 def test_formats_without_pay_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     _, weight, gram = problem()
-    monkeypatch.delattr(fitted, "Channels")
+    monkeypatch.delattr(mixing, "Channels")
     assert METHODS["tensor_train"].factorize(weight, gram).error((4, 4, 4)) < 1
 
 
 def leave_out(monkeypatch: pytest.MonkeyPatch) -> None:
     for fit in FITS:
-        monkeypatch.setattr(fit, "mixes", False)
+        monkeypatch.setattr(fit, "_calibrated", Fitted._calibrated)

@@ -24,7 +24,7 @@ from onnx_lowrank.chain import Chain, Stage
 from onnx_lowrank.decomposition import Decomposition, Factorization, Rank, require_counts, spaced
 from onnx_lowrank.layer import Array, LayerShape
 from onnx_lowrank.linalg import scaled_root
-from onnx_lowrank.passes.decompose.fitted import IN_CHANNELS, Fitted
+from onnx_lowrank.passes.decompose.mixing import IN_CHANNELS, MixingFit
 from onnx_lowrank.passes.decompose.tucker2 import subspaces
 from onnx_lowrank.passes.decompose.whitened import Channels
 
@@ -63,10 +63,8 @@ class Blocks:
         return self.first.shape[2] * self.cores.shape[3]
 
 
-class BlockFit(Fitted):
+class BlockFit(MixingFit):
     """Blocks of every group at the ranks asked for."""
-
-    mixes: ClassVar[bool] = True
 
     def __init__(self, method: BlockTerm, weight: Array, gram: Array | None) -> None:
         super().__init__(method, weight, gram)

@@ -25,7 +25,7 @@ from onnx_lowrank.chain import Chain, Stage
 from onnx_lowrank.decomposition import Decomposition, Factorization, Rank, require_counts
 from onnx_lowrank.layer import Array, LayerShape, Shape
 from onnx_lowrank.passes.decompose.cp_als import Problem, Terms, exact_terms
-from onnx_lowrank.passes.decompose.fitted import IN_CHANNELS, Fitted
+from onnx_lowrank.passes.decompose.mixing import IN_CHANNELS, MixingFit
 from onnx_lowrank.passes.decompose.whitened import Channels
 
 LIMIT, CALM = 10.0, 2.0  # sum ||term||^2 / ||W||^2: above the first terms are corrected, down to the second if they can
@@ -35,7 +35,7 @@ POLISH = 2  # sweeps without it at the end
 WIDE = 1 << 18  # weights beyond which ranks are fewer
 
 
-class CpFit(Fitted):
+class CpFit(MixingFit):
     """CP terms of every group at the ranks asked for.
 
     Args:
@@ -44,8 +44,6 @@ class CpFit(Fitted):
         gram: Second moments (g, n, n) or None, see `Decomposition.factorize`.
         most: The only rank that will be asked for: lower ones are not fitted to `gram` then, unless it degenerates.
     """
-
-    mixes: ClassVar[bool] = True
 
     def __init__(self, method: CpBase, weight: Array, gram: Array | None, most: Rank | None = None) -> None:
         super().__init__(method, weight, gram, most)

@@ -6,14 +6,7 @@ compute. Calibrated, the data-free fit gives T, A is the least-squares solution 
     A (T G T^T) = M G T^T,
 
 and one sweep over all stages follows (`multilinear.refine`), which only lowers the error. Where several stages hold the
-outputs, or the last one some of the inputs, there is the sweep alone.
-
-Formats whose first stage mixes the input channels alone go on before that, in the metric of the channels' second moment
-H, the mean of G over the taps (`in_channels`): with H = R R^T that is the same fit of W R, whose first stage is B R, so
-that the format's own sweeps serve. T is taken from these factors where they explain far more than the data-free ones,
-else from either: what errs less after the sweep.
-HED's conv4_2 in 128 terms of `cp`: data-free .356, solved and swept .142, five sweeps in the metric of channels before
-that .127; fits from the beginning in that metric take as long as data-free ones, and ended at .129.
+outputs, or the last one some of the inputs, there is the sweep alone. Some formats go on before that (`mixing`).
 
 Errors never rise with the rank: a rank gets the best fit of those at or below it, padded with zeros. Those are all that
 were asked for so far, or the ones the format names (`lower`): what a rank gets depends on nothing else then.
@@ -26,7 +19,6 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
@@ -36,11 +28,9 @@ from onnx_lowrank.decomposition import Decomposition, Factorization, Rank
 from onnx_lowrank.layer import Array, LayerShape
 from onnx_lowrank.linalg import NestedFit
 from onnx_lowrank.multilinear import refine, working
-from onnx_lowrank.passes.decompose.whitened import Channels, usable
+from onnx_lowrank.passes.decompose.whitened import usable
 
 logger = logging.getLogger(__name__)
-IN_CHANNELS = 5  # sweeps in the metric of the input channels; forty leave 1 % less
-_FAR = 0.75  # of the energy left by data-free features: at .79 one sweep still turned the order round
 _JITTER = {np.dtype(np.float32): 1e-7, np.dtype(np.float64): 1e-12}
 
 
@@ -52,14 +42,11 @@ class _Fit:
     error: float
 
 
-_Made = tuple[tuple[Array, ...], Array]  # factors, and the squared error of each group's outputs
+Made = tuple[tuple[Array, ...], Array]  # factors, and the squared error of each group's outputs
 
 
 class Fitted(Factorization):
     """Fits of one weight, made when their rank is first asked for.
-
-    Attributes:
-        mixes: Whether the first stage mixes the input channels alone, and fits go on in their metric (`in_channels`).
 
     Args:
         method: The format.
@@ -67,8 +54,6 @@ class Fitted(Factorization):
         gram: Second moments (g, n, n) or None, see `Decomposition.factorize`.
         most: The only rank that will be asked for; None: any. Lower ones are fitted to `gram` only if it is not usable.
     """
-
-    mixes: ClassVar[bool] = False
 
     def __init__(self, method: Decomposition, weight: Array, gram: Array | None, most: Rank | None = None) -> None:
         groups, out, in_, *kernel = weight.shape
@@ -83,7 +68,6 @@ class Fitted(Factorization):
         self._only = None if metric is None else most
         self._fits: dict[Rank, _Fit] = {}
         self._told: dict[Rank, tuple[float, Rank]] = {}
-        self._channels: Channels | None = None
 
     @abstractmethod
     def fit(self, rank: Rank) -> tuple[Array, ...]:
@@ -96,10 +80,6 @@ class Fitted(Factorization):
     def lower(self, rank: Rank) -> Sequence[Rank] | None:  # noqa: ARG002 - for formats whose fits build on each other
         """The ranks below that are fitted first, lowest first; None: those that were asked for."""
         return None
-
-    def in_channels(self, rank: Rank, factors: Sequence[Array], channels: Channels) -> tuple[Array, ...]:
-        """Data-free factors after a few sweeps in the metric of the input channels, for formats that say `mixes`."""
-        raise NotImplementedError
 
     def usable(self, rank: Rank, factors: Sequence[Array]) -> bool:  # noqa: ARG002 - for formats that can degenerate
         """Whether factors may be handed out."""
@@ -171,29 +151,9 @@ class Fitted(Factorization):
         )
         return _Fit(factors, math.inf)
 
-    def _calibrated(self, rank: Rank, chain: Chain, factors: tuple[Array, ...], gram: Array) -> _Made:
-        """Factors for the outputs, from data-free features or from those of the channels' metric, group by group.
-
-        Where the latter explain little more the sweep over all stages may turn the order round: both are tried.
-        """
-        found, explained = self._solved(chain, factors, gram)
-        if explained is None or not self.mixes:
-            return self._refined(rank, chain, found, gram)
-        if self._channels is None:
-            self._channels = Channels(self.weight, gram)
-        other, more = self._solved(chain, self.in_channels(rank, factors, self._channels), gram)
-        if more is None or not self.usable(rank, other):
-            return self._refined(rank, chain, found, gram)
-        far = self._energies - more < _FAR * (self._energies - explained)
-        swept = self._refined(rank, chain, other, gram)
-        if far.all():
-            return swept
-        plain = self._refined(rank, chain, found, gram)
-        better = far | (swept[1] < plain[1])
-        mixed = _picked(chain, better, swept[0], plain[0])
-        if self.usable(rank, mixed):
-            return mixed, np.where(better, swept[1], plain[1])
-        return plain if self.usable(rank, plain[0]) else swept
+    def _calibrated(self, rank: Rank, chain: Chain, factors: tuple[Array, ...], gram: Array) -> Made:
+        """Factors for the outputs, from data-free ones."""
+        return self._refined(rank, chain, self._solved(chain, factors, gram)[0], gram)
 
     def _solved(self, chain: Chain, factors: tuple[Array, ...], gram: Array) -> tuple[tuple[Array, ...], Array | None]:
         """The factors with the last one solved for, and the energy of each group's outputs that these explain.
@@ -215,21 +175,12 @@ class Fitted(Factorization):
         found = _balanced((*factors[:-1], np.stack(last).reshape(chain.stages[-1].weight)))
         return found, np.array([float(np.vdot(fit.explained, fit.explained)) for fit in fits])
 
-    def _refined(self, rank: Rank, chain: Chain, factors: tuple[Array, ...], gram: Array) -> _Made:
+    def _refined(self, rank: Rank, chain: Chain, factors: tuple[Array, ...], gram: Array) -> Made:
         """The factors after one sweep, or as they were where they must not be used then."""
         refined = refine(chain, factors, self.weight, gram, sweeps=1)
         best = refined if self.usable(rank, refined) else factors
         difference = (chain.dense(best) - self.weight).reshape(self._matrix.shape).astype(gram.dtype, copy=False)
         return best, np.asarray(np.sum((difference @ gram) * difference, axis=(1, 2), dtype=np.float64))
-
-
-def _picked(chain: Chain, first: Array, ours: Sequence[Array], theirs: Sequence[Array]) -> tuple[Array, ...]:
-    """`ours` in the groups where `first` holds, `theirs` in the others."""
-    group, pairs = chain.axes[0], zip(chain.apart(ours), chain.apart(theirs), strict=True)
-    return tuple(
-        np.where(first.reshape([-1 if letter == group else 1 for letter in letters]), *pair).reshape(stage.weight)
-        for letters, pair, stage in zip(chain.letters[0], pairs, chain.stages, strict=True)
-    )
 
 
 def _balanced(factors: Sequence[Array]) -> tuple[Array, ...]:
