@@ -24,7 +24,7 @@ from onnx_lowrank.passes.decompose.two_stage import TwoStage
 from onnx_lowrank.pipeline import apply, optimize
 from onnx_lowrank.plan import CALIBRATED, DATA_FREE, REFIT, PassSpec
 from onnx_lowrank.report.terminal import show
-from onnx_lowrank.search import calibrated, loop
+from onnx_lowrank.search import calibrated, error_search
 from onnx_lowrank.search.source import SPLIT_SEED, read_source
 from onnx_lowrank.target import Target
 from onnx_lowrank.validation import compare
@@ -229,7 +229,7 @@ def test_the_goal_that_nobody_stated_may_be_missed_and_a_limit_may_not(
     large = model([node("MatMul", "x w", "y")], [value("x", ["N", 1024])], [value("y", ["N", 1024])], {"w": weight})
     samples = tmp_path / "calibration.npz"
     np.savez(samples, x=np.random.default_rng(0).standard_normal((96, 1024)).astype(np.float32))
-    monkeypatch.setattr(loop, "ERROR_AIM", 8.0)  # the samples that are held out say otherwise
+    monkeypatch.setattr(error_search, "ERROR_AIM", 8.0)  # the samples that are held out say otherwise
     made = ride(large, tmp_path, on_one_thread(DEFAULT_GOAL, calibration=samples))
     error = float(str(made.report.fidelity["relative_error"]))
     assert error > DEFAULT_GOAL.value
