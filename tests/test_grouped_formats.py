@@ -11,9 +11,9 @@ from tensorly.decomposition import tensor_train
 
 from onnx_lowrank.chain import Chain, Stage
 from onnx_lowrank.decomposition import Rank, spaced
-from onnx_lowrank.layer import LayerShape
+from onnx_lowrank.layer import Array, LayerShape
 from onnx_lowrank.passes.decompose import block_term, decompositions
-from onnx_lowrank.passes.decompose.block_term import BlockTerm
+from onnx_lowrank.passes.decompose.block_term import Blocks, BlockTerm
 
 METHODS = decompositions()
 SHAPE = LayerShape(1, 12, 8, (3, 3))
@@ -66,6 +66,73 @@ def test_planted_blocks_are_found_in_single_precision(monkeypatch: pytest.Monkey
     made = method.factorize(weight + noise)
     assert made.error(rank) < 5e-6
     assert all(factor.dtype == np.float64 for factor in made.factors(rank))
+
+
+def scaled(spread: float, channels: int, seed: int) -> Array:
+    """A weight whose channels' norms range over e^(2 spread) and more, at both ends."""
+    rng = np.random.default_rng(seed)
+    weight = rng.standard_normal((1, channels, channels, 3, 3))
+    outer, inner = (np.exp(spread * rng.standard_normal(channels)) for _ in range(2))
+    return weight * outer[:, None, None, None] * inner[:, None, None]
+
+
+def pruned(channels: int, live: int, rest: float) -> Array:
+    """A weight of which some channels at both ends are next to nothing."""
+    weight = np.random.default_rng(0).standard_normal((1, channels, channels, 3, 3))
+    kept = np.where(np.arange(channels) < live, 1.0, rest)
+    return weight * kept[:, None, None, None] * kept[:, None, None]
+
+
+def lean(channels: int, rank: int) -> Array:
+    """A weight of low multilinear rank, which fewer blocks reproduce."""
+    rng = np.random.default_rng(1)
+    ends = rng.standard_normal((2, channels, rank))
+    return np.einsum("sa,abkl,cb->sckl", ends[0], rng.standard_normal((rank, rank, 3, 3)), ends[1])[None]
+
+
+NEARLY_EXACT: dict[str, tuple[Array, Rank, float]] = {
+    "channels of all sizes": (scaled(3, 128, 23), (2, 48, 48), 3e-4),
+    "other channels of all sizes": (scaled(3, 128, 22), (2, 48, 48), 2e-4),
+    "nearly pruned": (pruned(128, 16, 1e-4), (4, 24, 24), 2e-4),
+    "pruned": (pruned(128, 16, 0), (4, 24, 24), 1e-4),
+    "low rank": (lean(96, 10), (8, 12, 12), 1e-4),
+    "lower than all blocks": (lean(128, 12), (8, 16, 16), 1e-4),
+}
+
+
+@pytest.mark.parametrize("name", NEARLY_EXACT)
+@pytest.mark.filterwarnings("error")
+def test_nearly_dependent_blocks_do_not_diverge(name: str) -> None:
+    """Stored in single precision, too, as they are written: terms that cancel inside of a block would show."""
+    weight, rank, most = NEARLY_EXACT[name]
+    made, chain = (
+        METHODS["block_term"].factorize(weight),
+        METHODS["block_term"].chain(LayerShape(1, weight.shape[1], weight.shape[2], (3, 3)), rank),
+    )
+    stored = [factor.astype(np.float32).astype(np.float64) for factor in made.factors(rank)]
+    assert made.error(rank) < most
+    assert np.linalg.norm(chain.dense(stored) - weight) < most * np.linalg.norm(weight)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e20])
+def test_blocks_do_not_depend_on_the_scale(scale: float) -> None:
+    weight = np.random.default_rng(0).standard_normal((1, 64, 64, 3, 3))
+    errors = [METHODS["block_term"].factorize(weight * each).error((2, 24, 24)) for each in (1.0, scale)]
+    assert errors[1] == pytest.approx(errors[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("most", [1, 4, 10, 12])
+def test_blocks_take_no_more_sweeps_than_asked_for(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Array] = []
+    whole = block_term._with_first
+
+    def counted(weight: Array, blocks: Blocks) -> Blocks:
+        made.append(weight)
+        return whole(weight, blocks)
+
+    monkeypatch.setattr(block_term, "_with_first", counted)
+    BlockTerm(restarts=0, sweeps=most).factorize(WEIGHT).error((2, 2, 3))
+    assert 0 < len(made) <= most
 
 
 def test_shared_axes_need_another_stage_that_says_their_lengths() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 
 import numpy as np
@@ -59,7 +60,7 @@ def test_without_a_sweep_nothing_changes(name: str, rank: Rank, kernel: Shape, m
     monkeypatch.setattr(block_term, "IN_CHANNELS", 0)
     shape = LayerShape(2, 12, 10, kernel)
     if METHODS[name].refusal(shape) is not None:
-        return
+        pytest.skip(f"{name} takes no such kernel")
     weight = np.random.default_rng(1).standard_normal(shape.weight)
     chain, made = METHODS[name].chain(shape, rank), METHODS[name].factorize(weight)
     assert isinstance(made, MixingFit)
@@ -97,7 +98,7 @@ def test_it_does_no_harm(name: str, rank: Rank, monkeypatch: pytest.MonkeyPatch)
     seeds = range(12)
     gone_on = [error(seed) for seed in seeds]
     leave_out(monkeypatch)
-    assert all(ours <= 1.1 * error(seed) for ours, seed in zip(gone_on, seeds, strict=True))
+    assert all(ours <= (1 + 1e-9) * error(seed) for ours, seed in zip(gone_on, seeds, strict=True))
 
 
 @every_fit
@@ -135,6 +136,17 @@ def test_bad_features_are_not_taken(name: str, rank: Rank, refuse: bool, monkeyp
     leave_out(monkeypatch)
     assert marked
     assert METHODS[name].factorize(weight, gram).error(rank) == ours
+
+
+def test_what_can_be_made_again_is_not_kept() -> None:
+    """A factorization that is written to the disk takes the channels' metric along no more than its moments' roots."""
+    _, weight, gram = problem()
+    made = METHODS["cp"].factorize(weight, gram)
+    before = len(pickle.dumps(made))
+    made.error((4,))
+    terms = sum(factor.nbytes for factor in made.factors((4,)))
+    assert len(pickle.dumps(made)) < before + weight.nbytes / 2 + 8 * terms
+    assert pickle.loads(pickle.dumps(made)).error((6,)) == METHODS["cp"].factorize(weight, gram).error((6,))
 
 
 def test_formats_without_pay_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ _BLOCKS = (2, 4, 8)
 _SKEW = 1.35  # the shares of channels kept at both ends differ by this factor at most
 _SCREENING = 8  # sweeps after which the best start is known
 _SPARE = 1.5  # as many columns of the bases as the blocks' ends have together, times this
-_LAST = 4  # sweeps of the whole weight
+_LAST = 4  # sweeps of the whole weight, at least
 LARGE = 1 << 15  # entries from which on single precision pays
 _TOLERANCE = 1e-3  # relative fall of the error per sweep at which iterations end
 _LIMIT = 10.0  # sum ||block||^2 / ||W||^2 above which a fit is not used
@@ -45,6 +45,16 @@ class Blocks:
     first: Array
     cores: Array
     last: Array
+
+    @property
+    def parts(self) -> tuple[Array, Array, Array]:
+        """All three."""
+        return self.first, self.cores, self.last
+
+    @property
+    def dense(self) -> Array:
+        """The sum of the blocks, (S, C K)."""
+        return self.last.transpose(1, 0, 2).reshape(self.last.shape[1], -1) @ self.features
 
     @property
     def features(self) -> Array:
@@ -94,7 +104,7 @@ class BlockFit(MixingFit):
         for group, blocks in enumerate(self._blocks(rank, factors)):
             begun = replace(blocks, first=channels.into(group, blocks.first))
             weight = channels.weight[group].reshape(self._flat.shape[1:])
-            swept, _ = _descended(weight, begun, min(IN_CHANNELS, self.sweeps))
+            swept = _descended(weight, begun, min(IN_CHANNELS, self.sweeps)).blocks
             rows = channels.back(group, swept.first.reshape(-1, swept.first.shape[2]))
             found.append(replace(swept, first=rows.reshape(swept.first.shape)))
         return self._stages(rank, found)
@@ -129,8 +139,8 @@ class BlockFit(MixingFit):
     def _fitted(self, group: int, rank: Rank) -> Blocks:
         """From the start that is best after a few sweeps: bases as they are, or turned at random.
 
-        All but the last sweeps are of the weight in the leading part of both bases, in float32 where that is large;
-        what is solved stays in float64.
+        Sweeps are of the weight in the leading part of both bases, scaled, and in float32 where that is large; those
+        that are left when these gain no more, at least the last four, are of the whole weight in float64.
         """
         (count, left, right), weight, rng = rank, self._flat[group], np.random.default_rng(0)
         u_in, u_out = (
@@ -138,32 +148,60 @@ class BlockFit(MixingFit):
             for basis, size in zip(self._bases[group], (left, right), strict=True)
         )
         core = np.einsum("sck,cp->spk", np.einsum("sck,sq->qck", weight, u_out, optimize=True), u_in, optimize=True)
-        begun: list[tuple[Blocks, float]] = []
-        core = core.astype(np.float32) if core.size >= LARGE else core
+        scale = float(np.abs(core).max(initial=0.0)) or 1.0
+        core = (core / scale).astype(np.float32 if core.size >= LARGE else np.float64)
+        last = min(_LAST, self.sweeps)
+        screening = min(_SCREENING, self.sweeps - last)
+        begun: list[_Descent] = []
         for turned in range(1 + self.restarts):
             v_in = _dealt(np.eye(u_in.shape[1]), count, left, rng, turned=turned > 0).astype(core.dtype)
             v_out = _dealt(np.eye(u_out.shape[1]), count, right, rng, turned=turned > 0).astype(core.dtype)
             blocks = Blocks(v_in.swapaxes(1, 2), np.zeros((count, right, left, weight.shape[2]), core.dtype), v_out)
-            begun.append(_descended(core, _with_cores(core, blocks), min(_SCREENING, self.sweeps)))
-        inside = _descended(core, min(begun, key=lambda entry: entry[1])[0], self.sweeps - _SCREENING - _LAST)[0]
-        outside = Blocks(inside.first @ u_in.T, inside.cores.astype(np.float64), u_out @ inside.last)
-        return _descended(weight, outside, min(_LAST, self.sweeps))[0]
+            begun.append(_descended(core, _with_cores(core, blocks), screening))
+        best = min(begun, key=lambda descent: descent.error)
+        inside = _descended(core, best.blocks, self.sweeps - screening - last, best.error)
+        first, cores, end = (part.astype(np.float64) for part in inside.blocks.parts)
+        outside = Blocks(first @ u_in.T, cores, scale * (u_out @ end))
+        error = float(np.linalg.norm(weight.reshape(len(weight), -1) - outside.dense))
+        return _descended(weight, outside, self.sweeps - screening - inside.sweeps, error).blocks
 
 
-def _descended(weight: Array, blocks: Blocks, sweeps: int) -> tuple[Blocks, float]:
-    """Alternating least squares: the blocks and their error; infinite if there was no sweep to make."""
+@dataclass(frozen=True, eq=False)
+class _Descent:
+    """Blocks, their error, and how many sweeps led there."""
+
+    blocks: Blocks
+    error: float
+    sweeps: int
+
+
+def _descended(weight: Array, blocks: Blocks, most: int, error: float = math.inf) -> _Descent:
+    """Alternating least squares, as long as it lowers the error.
+
+    Args:
+        weight: (S, C, K).
+        blocks: The start.
+        most: Sweeps at most.
+        error: Of the start, where it is known. What errs more is not returned: of nearly dependent blocks a step may be
+            far off. Below sqrt(64 eps) ||W||, where ||W||^2 less what is explained is noise, it ends.
+    """
     count, right = blocks.cores.shape[:2]
-    energy, error = float(np.vdot(weight, weight)), math.inf
-    for _ in range(sweeps):
-        blocks = _with_cores(weight, _with_first(weight, blocks))
-        features = blocks.features
+    energy = float(np.vdot(weight, weight))
+    least = math.sqrt(64 * float(np.finfo(weight.dtype).eps) * energy)
+    for sweep in range(most):
+        if error <= least:
+            return _Descent(blocks, error, sweep)
+        new = _with_cores(weight, _with_first(weight, blocks))
+        features = new.features
         cross = features @ weight.reshape(len(weight), -1).T
         solved = _least_squares(features @ features.T, cross)
-        blocks = Blocks(blocks.first, blocks.cores, solved.reshape(count, right, -1).swapaxes(1, 2))
-        before, error = error, math.sqrt(max(energy - float(np.vdot(solved, cross)), 0.0))
+        before, left = error, math.sqrt(max(energy - float(np.vdot(solved, cross)), 0.0))
+        if not left < before:
+            return _Descent(blocks, error, sweep + 1)
+        blocks, error = Blocks(new.first, new.cores, solved.reshape(count, right, -1).swapaxes(1, 2)), left
         if error > (1 - _TOLERANCE) * before:
-            break
-    return blocks, error
+            return _Descent(blocks, error, sweep + 1)
+    return _Descent(blocks, error, most)
 
 
 def _dealt(basis: Array, count: int, rank: int, rng: np.random.Generator, *, turned: bool) -> Array:

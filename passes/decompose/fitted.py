@@ -63,8 +63,7 @@ class Fitted(Factorization):
         metric = usable(gram)
         self._product = self._matrix if metric is None else self._matrix @ metric
         self._gram = None if metric is None else working(metric)
-        self._energies = np.einsum("gsn,gsn->g", self._product, self._matrix)
-        self._total = float(self._energies.sum())
+        self._total = float(np.vdot(self._product, self._matrix))
         self._only = None if metric is None else most
         self._fits: dict[Rank, _Fit] = {}
         self._told: dict[Rank, tuple[float, Rank]] = {}
@@ -153,18 +152,18 @@ class Fitted(Factorization):
 
     def _calibrated(self, rank: Rank, chain: Chain, factors: tuple[Array, ...], gram: Array) -> Made:
         """Factors for the outputs, from data-free ones."""
-        return self._refined(rank, chain, self._solved(chain, factors, gram)[0], gram)
+        return self._refined(rank, chain, self._solved(chain, factors, gram), gram)
 
-    def _solved(self, chain: Chain, factors: tuple[Array, ...], gram: Array) -> tuple[tuple[Array, ...], Array | None]:
-        """The factors with the last one solved for, and the energy of each group's outputs that these explain.
+    def _solved(self, chain: Chain, factors: tuple[Array, ...], gram: Array) -> tuple[Array, ...]:
+        """The factors with the last one solved for.
 
-        As they are, and None, where the last one does not alone hold the outputs and none of the inputs.
+        As they are where the last one does not alone hold the outputs and none of the inputs.
         """
         group, out, *kept = chain.axes
         subscripts, result = chain.letters
         alone = len(out) == 1 and out in subscripts[-1] and not any(out in letters for letters in subscripts[:-1])
         if not alone or set("".join(kept)) & set(subscripts[-1]):
-            return factors, None
+            return factors
         features = subscripts[-1].replace(group, "").replace(out, "")
         terms = list(zip(subscripts[:-1], chain.apart(factors)[:-1], strict=True))
         rows = contract(terms, group + features + result[2:], chain.sizes).reshape(len(gram), -1, gram.shape[1])
@@ -172,8 +171,7 @@ class Fitted(Factorization):
         jitter = _JITTER[gram.dtype]
         fits = [NestedFit(half @ row.T, row @ product.T, jitter) for half, row, product in triples]
         last = [fit.solve(rows.shape[1]).T for fit in fits]
-        found = _balanced((*factors[:-1], np.stack(last).reshape(chain.stages[-1].weight)))
-        return found, np.array([float(np.vdot(fit.explained, fit.explained)) for fit in fits])
+        return _balanced((*factors[:-1], np.stack(last).reshape(chain.stages[-1].weight)))
 
     def _refined(self, rank: Rank, chain: Chain, factors: tuple[Array, ...], gram: Array) -> Made:
         """The factors after one sweep, or as they were where they must not be used then."""
