@@ -7,6 +7,9 @@ Only the part of an input c in the row space of M (S, n) reaches the outputs. Wi
 the layer is the matrix M Q on inputs Q^T c, whose second moment has S^2 entries instead of n^2; Q is never formed. A
 chain whose first stage B reads all inputs at once loses nothing by it: the best B lies in that space (the left factor
 of a whitened SVD is a basis of outputs, the right one its product with M). A refit is confined to it.
+
+Other chains are fitted to the weight alone. Their errors are taken on a few of the inputs themselves (`SeenInputs`), so
+that all formats of a layer are compared by what its outputs lose.
 """
 
 from __future__ import annotations
@@ -81,6 +84,40 @@ class RowSpace:
         groups, out, _ = self.turn.shape
         wide = (first.reshape(groups, -1, out) @ self.turn.swapaxes(1, 2)) @ self.matrix
         return tuple(array.reshape(stage.weight) for array, stage in zip((wide, *rest), chain.stages, strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class SeenInputs:
+    """A few inputs of a layer, for chains that its moments say too little of.
+
+        error^2 = sum_c ||(M - M') c||^2 / sum_c ||M (c - m)||^2
+
+    with m the mean input where a bias takes it up, else 0. No chain is fitted to these inputs.
+
+    Args:
+        weight: M, canonical, (g, S, C, *kernel).
+        rows: c, (rows, g, n).
+        centred: Whether a bias takes means up.
+    """
+
+    weight: Array
+    rows: Array
+    centred: bool
+
+    def error(self, dense: Array) -> float:
+        """Relative error of the outputs of another weight, M'."""
+        lost = self._outputs(self.weight - dense, self.rows)
+        return float(np.linalg.norm(lost)) / self._length if self._length > 0 else float(np.any(lost))
+
+    @cached_property
+    def _length(self) -> float:
+        mean = self.rows.mean(axis=0) if self.centred else 0.0
+        return float(np.linalg.norm(self._outputs(self.weight, self.rows - mean)))
+
+    def _outputs(self, weight: Array, rows: Array) -> Array:
+        """(g, S, rows), in the rows' own precision."""
+        matrix = weight.reshape(*weight.shape[:2], -1).astype(rows.dtype, copy=False)
+        return matrix @ rows.transpose(1, 2, 0)
 
 
 class InRowSpace(Factorization):

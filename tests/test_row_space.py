@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from builders import run_model, worst_error
+from builders import model, run_model, value, worst_error
 from formats import EVERY as METHODS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from refits import halved, refitted, samples
-from roads import network, on_one_thread, ride
+from roads import network, node, on_one_thread, ride
 from walks import residual
 
 from onnx_lowrank.chain import Chain
@@ -21,7 +21,8 @@ from onnx_lowrank.graph.layers import layers
 from onnx_lowrank.graph.model import Graph
 from onnx_lowrank.layer import Array, LayerShape
 from onnx_lowrank.pipeline import apply
-from onnx_lowrank.row_space import RowSpace
+from onnx_lowrank.plan import PassSpec
+from onnx_lowrank.row_space import RowSpace, SeenInputs
 from onnx_lowrank.row_space import factorized as decomposed
 
 SVD = METHODS["svd"]
@@ -111,6 +112,51 @@ def test_refit_in_the_row_space_repairs_what_was_lost_upstream(tmp_path: Path) -
         assert {"one/a", "one/b", "two/a"} <= found.keys()
         errors[regress] = worst_error(run_model(proto, feeds), run_model(made, feeds))
     assert errors[True] <= errors[False]
+
+
+@settings(deadline=None, max_examples=20)
+@given(SHAPES, st.integers(0, 20), st.booleans())
+def test_seen_inputs_tell_what_outputs_lose(shape: LayerShape, seed: int, centred: bool) -> None:
+    rng = np.random.default_rng(seed)
+    weight, other = rng.standard_normal((2, *shape.weight))
+    rows = moment(shape, rng)[0] + rng.standard_normal((shape.groups, shape.inputs))
+    outputs, theirs = (
+        np.einsum("gsn,rgn->rgs", each.reshape(shape.groups, shape.out, -1), rows) for each in (weight, other)
+    )
+    length = np.linalg.norm(outputs - outputs.mean(axis=0) if centred else outputs)
+    seen = SeenInputs(weight, rows, centred)
+    assert seen.error(other) == pytest.approx(np.linalg.norm(outputs - theirs) / length)
+    assert seen.error(weight) == 0
+    dead = SeenInputs(weight, np.zeros_like(rows), centred)
+    assert (dead.error(other), dead.error(weight)) == (0, 0)
+
+
+@pytest.mark.usefixtures("quick")
+def test_formats_that_such_moments_say_too_little_of_are_judged_by_outputs(tmp_path: Path) -> None:
+    """Never worse with samples than without: the best format for a layer is not lost."""
+    rng = np.random.default_rng(0)
+    columns = rng.standard_normal((48, 2, 3, 1)) @ rng.standard_normal((48, 2, 1, 3))
+    ends = np.einsum("sakl,ac->sckl", columns, rng.standard_normal((2, 32)))  # of two input channels' worth
+    weights = {"w": ends, "v": rng.standard_normal((8, 48, 1, 1))}
+    nodes = [node("Conv", "x w", "h", pads=[1, 1, 1, 1]), node("Conv", "h v", "y")]
+    values = [value("x", ["N", 32, 8, 8])], [value("y", ["N", 8, 8, 8])]
+    proto = model(nodes, *values, {name: array.astype(np.float32) for name, array in weights.items()})
+    np.savez(tmp_path / "c.npz", x=rng.standard_normal((96, 32, 8, 8)).astype(np.float32))
+    asked = on_one_thread(
+        KeepMacs(0.2),
+        calibration=tmp_path / "c.npz",
+        memory_limit=8 * 64**2,
+        only=("h",),
+        passes=(PassSpec("svd"), PassSpec("svd_input")),
+    )
+    made = ride(proto, tmp_path, asked)
+    (row,) = [row for row in made.report.layers if row.decision == "factorized"]
+    assert row.method == "svd_input"
+    assert "fitted to the weight alone: 32->48 3x3 has 288 inputs" in row.reason
+    assert row.error < 1e-5
+    again = tmp_path / "again.onnx"
+    apply(made.source, made.plan, again, calibration=tmp_path / "c.npz")
+    assert again.read_bytes() == made.out.read_bytes()
 
 
 @pytest.mark.usefixtures("quick")

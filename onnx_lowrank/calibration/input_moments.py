@@ -5,8 +5,11 @@ Those in the row space of a weight are that layer's own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from onnx_lowrank.calibration.moments import Accumulator, Moments
 from onnx_lowrank.calibration.samples import Samples
@@ -15,7 +18,10 @@ from onnx_lowrank.calibration.unfold import Fed, Unfolding, rows_per_sample
 from onnx_lowrank.calibration.walk import Front, Route, route
 from onnx_lowrank.graph.model import Graph
 from onnx_lowrank.layer import Array, Layer
+from onnx_lowrank.row_space import SeenInputs
 from onnx_lowrank.target import Target
+
+SEEN_INPUTS, SEEN_BYTES = 256, 1 << 27
 
 
 class InputMoments:
@@ -55,6 +61,19 @@ class InputMoments:
         read = {later.x for later in self._path.cuts[number + 1 :]}
         self._held = {held: found for held, found in self._held.items() if held[0] in read}
         return moments
+
+    def seen(self, number: int, front: Front, fitting: Mapping[int, Fed]) -> SeenInputs | None:
+        """A few inputs of what stands behind cut `number`, as for `at`; None where there are moments of all inputs."""
+        cut = self._path.cuts[number]
+        stop = self._stops[cut.key]
+        if not stop.in_row_space:
+            return None
+        layer, shape = stop.layer, stop.layer.shape
+        most = max(min(SEEN_INPUTS, SEEN_BYTES // (4 * shape.groups * shape.inputs)), 1)
+        unfolding = Unfolding(layer.form, shape, math.ceil(most / self._samples))
+        read = ((front.value(cut.x, batch), fed) for batch, fed in fitting.items())
+        rows = np.concatenate([unfolding.rows(x, fed.counted, fed.samples) for x, fed in read])
+        return SeenInputs(layer.read(), rows[:: math.ceil(len(rows) / most)], stop.centred) if len(rows) else None
 
 
 def grams(

@@ -26,6 +26,7 @@ from onnx_lowrank.latency.table import LatencyTable
 from onnx_lowrank.layer import Array, Layer
 from onnx_lowrank.progress import Phases
 from onnx_lowrank.rewrite import Replacement, splice
+from onnx_lowrank.row_space import SeenInputs
 from onnx_lowrank.search.factorizations import FactorizationCache
 from onnx_lowrank.search.table import GridOf, Row, most_workers, one_blas_thread, row_of
 from onnx_lowrank.sensitivity import PROBES, LossCurve, Outputs, output_loss, probe_at
@@ -110,7 +111,8 @@ class CalibratedTable:
                 with self.phases.phase("decompose") as advance:
                     advance(number, len(path.cuts))
                     gram = moments.shrunk(centred=self.stops[cut.key].centred)
-                    made[layer.key] = self._row(layer, gram)
+                    seen = inputs.seen(number, probes.front, probes.fitting)
+                    made[layer.key] = self._row(layer, gram, seen)
                     space = self.stops[cut.key].space
                     self.energies[layer.key] = output_energy(layer.read() if space is None else space.weight, gram)
                 self.means[layer.key], self.positions[layer.key] = moments.mean, moments.count
@@ -123,9 +125,9 @@ class CalibratedTable:
         """A candidate's arrays, with the lost mean given back."""
         method = self.methods[name]
         factors = self.cache.make(layer, method).factors(rank)
-        if layer.key not in self.means:
+        stop = self.stops.get(layer.nodes[0])
+        if layer.key not in self.means or stop is None or (stop.in_row_space and not method.whole_rows):
             return Fit(tuple(factors))
-        stop = self.stops[layer.nodes[0]]
         return stop.corrected(method.chain(layer.shape, rank), factors, self.means[layer.key])
 
     def measure(self, chosen: Sequence[Candidate]) -> float:
@@ -146,11 +148,13 @@ class CalibratedTable:
             self._whole = self._probes(path, Path(tempfile.mkdtemp(prefix="choices-", dir=self.calibration.folder)))
         return self._whole
 
-    def _row(self, layer: Layer, gram: Array | None = None) -> Row:
+    def _row(self, layer: Layer, gram: Array | None = None, seen: SeenInputs | None = None) -> Row:
         methods, grid = tuple(self.methods.values()), self.grid_of(layer)
         workers = most_workers() if gram is None or gram.shape[1] < LARGE else 1
         with one_blas_thread():
-            return row_of(layer, methods, grid, self.cache, spectral=self.spectral, gram=gram, workers=workers)
+            return row_of(
+                layer, methods, grid, self.cache, spectral=self.spectral, gram=gram, seen=seen, workers=workers
+            )
 
     def _probes(self, path: Route, room: Path) -> Probes:
         """The start of the walk, and the original's outputs on the samples that are probed with."""

@@ -15,6 +15,7 @@ from onnx_lowrank.latency.pieces import Job
 from onnx_lowrank.layer import Array, Layer, LayerShape
 from onnx_lowrank.linalg import output_norm
 from onnx_lowrank.passes.decompose.whitened import usable
+from onnx_lowrank.row_space import SeenInputs
 from onnx_lowrank.search.factorizations import FactorizationCache
 
 Progress = Callable[[int, int], None]
@@ -105,6 +106,7 @@ def row_of(
     exact_only: bool = False,
     spectral: bool = False,
     gram: Array | None = None,
+    seen: SeenInputs | None = None,
     workers: int = 1,
 ) -> Row:
     """One layer decomposed by every method.
@@ -116,10 +118,17 @@ def row_of(
         cache: Receives the factorizations.
         exact_only: As for `tabulate`.
         spectral: As for `tabulate`.
-        gram: Second moment of the layer's unfolded input, see `Decomposition.factorize`.
+        gram: Second moment of the layer's unfolded input, or in the row space of its weight, see `row_space`.
+        seen: Judges the formats that such a moment says too little of; without it, or where a rule compares spectral
+            errors, these are refused.
         workers: Methods that are tried at once.
     """
-    refusals = {m.name: sentence for m in methods if (sentence := _refusal(m, layer.shape, gram)) is not None}
+    narrow = gram is not None and gram.shape[-1] != layer.shape.inputs
+    free = {m.name for m in methods if narrow and not m.whole_rows}
+    judge = None if spectral else seen
+    refusals = {m.name: sentence for m in methods if (sentence := m.refusal(layer.shape)) is not None}
+    if judge is None:
+        refusals |= dict.fromkeys(free, f"{_too_many(layer.shape)}, and only svd needs fewer")
     accepted = [m for m in methods if m.name not in refusals]
     if not accepted:
         return Row(layer, (keep(layer),), refusals)
@@ -134,8 +143,11 @@ def row_of(
     def tried(method: Decomposition) -> list[Candidate]:
         found = ranks[method.name]
         asked = grid.fitted(layer, method, found, weight) if method.by_rank and not exact_only else found
-        made = cache.make(layer, method, weight, gram, asked)
-        return [candidate(layer, method, made, rank, grid.block) for rank in asked]
+        made = cache.make(layer, method, weight, None if method.name in free else gram, asked)
+        options = [candidate(layer, method, made, rank, grid.block) for rank in asked]
+        if judge is None or method.name not in free:
+            return options
+        return _judged(grid.worth_timing(options), made, layer.shape, judge)
 
     work = (delayed(tried)(method) for method in accepted if method.name not in refusals)
     found: list[list[Candidate]] = Parallel(n_jobs=workers, backend="threading")(work)  # pyright: ignore[reportAssignmentType] - joblib's stub: list of Any or None
@@ -172,11 +184,19 @@ def with_spectral_errors(
     return [replace(option, spectral_error=error) for option, error in zip(options, errors, strict=True)]
 
 
-def _refusal(method: Decomposition, shape: LayerShape, gram: Array | None) -> str | None:
-    """Why a format is not tried on a layer, or None."""
-    if gram is not None and gram.shape[-1] != shape.inputs and not method.whole_rows:
-        return f"{shape} has {shape.inputs} inputs: their moments do not fit into memory, and only svd needs fewer"
-    return method.refusal(shape)
+def _judged(options: Sequence[Candidate], made: Factorization, shape: LayerShape, seen: SeenInputs) -> list[Candidate]:
+    """Data-free candidates of one method with the errors of outputs."""
+    told = f"fitted to the weight alone: {_too_many(shape)}"
+    dense = ((option, option.chain, made.factors(option.rank)) for option in options)
+    return [
+        replace(option, error=seen.error(chain.dense(factors)), note=f"{option.note}, {told}" if option.note else told)
+        for option, chain, factors in dense
+        if chain is not None
+    ]
+
+
+def _too_many(shape: LayerShape) -> str:
+    return f"{shape} has {shape.inputs} inputs: their moments do not fit into memory"
 
 
 def price(
