@@ -25,6 +25,7 @@ from onnx_lowrank.decomposition import Decomposition, Factorization, Rank
 from onnx_lowrank.layer import Array, LayerShape
 from onnx_lowrank.linalg import output_norm
 
+_LEAST = 1e-6  # of the outputs, what varies of them counts as at least: rounding must not be the unit
 _SMALLEST = 16 * np.finfo(np.float64).eps  # of L per output, relative to the largest: below it there is rounding only
 
 
@@ -92,11 +93,12 @@ class SeenInputs:
 
         error^2 = sum_c ||(M - M') c||^2 / sum_c ||M (c - m)||^2
 
-    with m the mean input where a bias takes it up, else 0. No chain is fitted to these inputs.
+    with m the mean of these inputs where a bias takes up what a calibrated chain loses of it, else 0: all formats of a
+    layer are compared by the same unit. These chains are given nothing back, and none is fitted to these inputs.
 
     Args:
         weight: M, canonical, (g, S, C, *kernel).
-        rows: c, (rows, g, n).
+        rows: c, (rows, g, n), finite.
         centred: Whether a bias takes means up.
     """
 
@@ -106,18 +108,26 @@ class SeenInputs:
 
     def error(self, dense: Array) -> float:
         """Relative error of the outputs of another weight, M'."""
-        lost = self._outputs(self.weight - dense, self.rows)
-        return float(np.linalg.norm(lost)) / self._length if self._length > 0 else float(np.any(lost))
+        lost = float(np.linalg.norm(self._outputs(self.weight.astype(np.float64) - dense)))
+        return lost / self._length if self._length > 0 else float(lost > 0)
 
     @cached_property
     def _length(self) -> float:
-        mean = self.rows.mean(axis=0) if self.centred else 0.0
-        return float(np.linalg.norm(self._outputs(self.weight, self.rows - mean)))
+        outputs = self._outputs(self.weight)
+        whole = float(np.linalg.norm(outputs))
+        if not self.centred or len(self.rows) < 2:
+            return whole
+        return max(float(np.linalg.norm(outputs - outputs.mean(axis=-1, keepdims=True))), _LEAST * whole)
 
-    def _outputs(self, weight: Array, rows: Array) -> Array:
-        """(g, S, rows), in the rows' own precision."""
-        matrix = weight.reshape(*weight.shape[:2], -1).astype(rows.dtype, copy=False)
-        return matrix @ rows.transpose(1, 2, 0)
+    @cached_property
+    def _scaled(self) -> Array:
+        """The inputs, (g, n, rows), the largest entry one: squares stay in range."""
+        rows = self.rows.astype(np.float64).transpose(1, 2, 0)
+        return rows / (float(np.abs(rows).max(initial=0.0)) or 1.0)
+
+    def _outputs(self, weight: Array) -> Array:
+        """(g, S, rows), in the unit of the largest input."""
+        return weight.reshape(*weight.shape[:2], -1).astype(np.float64, copy=False) @ self._scaled
 
 
 class InRowSpace(Factorization):

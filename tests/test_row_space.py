@@ -11,10 +11,15 @@ from builders import model, run_model, value, worst_error
 from formats import EVERY as METHODS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx import ModelProto, numpy_helper
 from refits import halved, refitted, samples
 from roads import network, node, on_one_thread, ride
 from walks import residual
 
+from onnx_lowrank.calibration.input_moments import InputMoments
+from onnx_lowrank.calibration.stops import stops
+from onnx_lowrank.calibration.unfold import Fed
+from onnx_lowrank.calibration.walk import Front, route
 from onnx_lowrank.chain import Chain
 from onnx_lowrank.goals import KeepMacs
 from onnx_lowrank.graph.layers import layers
@@ -24,6 +29,7 @@ from onnx_lowrank.pipeline import apply
 from onnx_lowrank.plan import PassSpec
 from onnx_lowrank.row_space import RowSpace, SeenInputs
 from onnx_lowrank.row_space import factorized as decomposed
+from onnx_lowrank.target import Target
 
 SVD = METHODS["svd"]
 SHAPES = st.sampled_from(
@@ -127,8 +133,56 @@ def test_seen_inputs_tell_what_outputs_lose(shape: LayerShape, seed: int, centre
     seen = SeenInputs(weight, rows, centred)
     assert seen.error(other) == pytest.approx(np.linalg.norm(outputs - theirs) / length)
     assert seen.error(weight) == 0
+    for scale in (1e19, 1e-25):
+        single = SeenInputs(weight, (scale * rows).astype(np.float32), centred)
+        assert single.error(other) == pytest.approx(seen.error(other), rel=1e-5)
     dead = SeenInputs(weight, np.zeros_like(rows), centred)
     assert (dead.error(other), dead.error(weight)) == (0, 0)
+    same = SeenInputs(weight, np.repeat(rows[:1], 9, axis=0).astype(np.float32), centred)
+    assert np.isfinite(same.error(other))
+    assert same.error(weight) == 0
+
+
+@pytest.mark.parametrize("count", [40, 300])
+@pytest.mark.parametrize("broken", [False, True])
+def test_seen_inputs_are_of_many_places(count: int, broken: bool, tmp_path: Path) -> None:
+    """The input is loud in one corner: what a chain loses there is seen, however many samples there are."""
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((count, 3, 10, 10)).astype(np.float32)
+    images[:, :, 6:, 6:] *= 30
+    if broken:
+        images[1] = np.inf
+    weight = rng.standard_normal((5, 3, 3, 3)).astype(np.float32)
+    proto = model(
+        [node("Conv", "x w", "y", pads=[1, 1, 1, 1])],
+        [value("x", ["N", 3, 10, 10])],
+        [value("y", ["N", 5, 10, 10])],
+        {"w": weight},
+    )
+    graph = Graph(proto)
+    found = stops(graph, layers(graph)[0], 8 * 6**2)
+    path = route(graph, {key: stop.operand for key, stop in found.items()})
+    front, fitting = Front(tmp_path, Target()), dict[int, Fed]()
+    for batch, part in enumerate(np.array_split(images, 8)):
+        front.put({"x": part})
+        fitting[batch] = Fed(len(part), None)
+    seen = InputMoments(found, path, count).seen(0, front, fitting)
+    assert seen is not None
+    assert 200 <= len(seen.rows) <= 256
+    other = weight[None] + rng.standard_normal((1, *weight.shape)) * np.array([0.05, 1, 0.3])[:, None, None]
+    feeds = {"x": images[2:]}
+    lost, whole = (
+        np.linalg.norm(run_model(with_weight(proto, array), feeds)[0]) for array in (weight - other[0], weight)
+    )
+    assert seen.error(other) == pytest.approx(float(lost / whole), rel=0.2)
+
+
+def with_weight(proto: ModelProto, weight: Array) -> ModelProto:
+    """The network with another weight."""
+    changed = ModelProto()
+    changed.CopyFrom(proto)
+    changed.graph.initializer[0].CopyFrom(numpy_helper.from_array(weight.astype(np.float32), "w"))
+    return changed
 
 
 @pytest.mark.usefixtures("quick")

@@ -21,7 +21,8 @@ from onnx_lowrank.layer import Array, Layer
 from onnx_lowrank.row_space import SeenInputs
 from onnx_lowrank.target import Target
 
-SEEN_INPUTS, SEEN_BYTES = 256, 1 << 27
+# A few inputs of a layer: how many, from how many positions of a sample at least, and what they may take.
+SEEN_INPUTS, SEEN_POSITIONS, SEEN_BYTES = 256, 16, 1 << 27
 
 
 class InputMoments:
@@ -70,10 +71,19 @@ class InputMoments:
             return None
         layer, shape = stop.layer, stop.layer.shape
         most = max(min(SEEN_INPUTS, SEEN_BYTES // (4 * shape.groups * shape.inputs)), 1)
-        unfolding = Unfolding(layer.form, shape, math.ceil(most / self._samples))
-        read = ((front.value(cut.x, batch), fed) for batch, fed in fitting.items())
-        rows = np.concatenate([unfolding.rows(x, fed.counted, fed.samples) for x, fed in read])
-        return SeenInputs(layer.read(), rows[:: math.ceil(len(rows) / most)], stop.centred) if len(rows) else None
+        rng, share = np.random.default_rng(0), most / max(sum(fed.samples for fed in fitting.values()), 1)
+        found: list[Array] = []
+        read = 0
+        for batch, fed in fitting.items():
+            # Other positions in every batch: what is at one place only must not decide.
+            unfolding = Unfolding(layer.form, shape, max(SEEN_POSITIONS, math.ceil(share)), seed=batch)
+            rows = unfolding.rows(front.value(cut.x, batch), fed.counted, fed.samples)
+            rows = rows[np.isfinite(rows).all(axis=(1, 2))]
+            read += fed.samples
+            wanted = max(math.ceil(share * read) - sum(map(len, found)), 0)
+            found.append(rows[np.sort(rng.choice(len(rows), min(wanted, len(rows)), replace=False))])
+        rows = np.concatenate(found)
+        return SeenInputs(layer.read(), rows, stop.centred) if len(rows) else None
 
 
 def grams(

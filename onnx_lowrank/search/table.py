@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from joblib import Parallel, cpu_count, delayed
 from threadpoolctl import threadpool_limits
 
-from onnx_lowrank.candidates import Candidate, Grid, candidate, keep
+from onnx_lowrank.candidates import Candidate, Grid, candidate, keep, worth_timing
 from onnx_lowrank.decomposition import Decomposition, Factorization, Rank
 from onnx_lowrank.latency.chains import Pricer
 from onnx_lowrank.latency.pieces import Job
@@ -23,6 +23,7 @@ GridOf = Callable[[Layer], Grid]
 UNWANTED = -1.0
 UNTIMED = "its own latency could not be measured"
 MOST_WORKERS = 4  # each holds a weight and its bases
+MOST_JUDGED = 24  # ranks of a format whose dense weights are made to see what outputs lose
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +129,7 @@ def row_of(
     judge = None if spectral else seen
     refusals = {m.name: sentence for m in methods if (sentence := m.refusal(layer.shape)) is not None}
     if judge is None:
-        refusals |= dict.fromkeys(free, f"{_too_many(layer.shape)}, and only svd needs fewer")
+        refusals |= dict.fromkeys(free, f"{_too_many(layer.shape)}, and only svd does with fewer")
     accepted = [m for m in methods if m.name not in refusals]
     if not accepted:
         return Row(layer, (keep(layer),), refusals)
@@ -147,7 +148,8 @@ def row_of(
         options = [candidate(layer, method, made, rank, grid.block) for rank in asked]
         if judge is None or method.name not in free:
             return options
-        return _judged(grid.worth_timing(options), made, layer.shape, judge)
+        few = worth_timing(grid.worth_timing(options), MOST_JUDGED)
+        return _judged(few, made, layer.shape, judge)
 
     work = (delayed(tried)(method) for method in accepted if method.name not in refusals)
     found: list[list[Candidate]] = Parallel(n_jobs=workers, backend="threading")(work)  # pyright: ignore[reportAssignmentType] - joblib's stub: list of Any or None

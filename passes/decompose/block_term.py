@@ -182,8 +182,8 @@ def _descended(weight: Array, blocks: Blocks, most: int, error: float = math.inf
         weight: (S, C, K).
         blocks: The start.
         most: Sweeps at most.
-        error: Of the start, where it is known. What errs more is not returned: of nearly dependent blocks a step may be
-            far off. Below sqrt(64 eps) ||W||, where ||W||^2 less what is explained is noise, it ends.
+        error: Of the start, where it is known. What errs more, as the normal equations tell, is not returned: of nearly
+            dependent blocks a step may be far off. Below sqrt(64 eps) ||W||, where ||W||^2 less what is explained is noise, it ends.
     """
     count, right = blocks.cores.shape[:2]
     energy = float(np.vdot(weight, weight))
