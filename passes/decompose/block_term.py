@@ -183,7 +183,8 @@ def _descended(weight: Array, blocks: Blocks, most: int, error: float = math.inf
         blocks: The start.
         most: Sweeps at most.
         error: Of the start, where it is known. What errs more, as the normal equations tell, is not returned: of nearly
-            dependent blocks a step may be far off. Below sqrt(64 eps) ||W||, where ||W||^2 less what is explained is noise, it ends.
+            dependent blocks a step may be far off. Below sqrt(64 eps) ||W||, where ||W||^2 less what is explained is
+            noise, it ends.
     """
     count, right = blocks.cores.shape[:2]
     energy = float(np.vdot(weight, weight))
