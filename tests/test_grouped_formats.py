@@ -114,6 +114,20 @@ def test_nearly_dependent_blocks_do_not_diverge(name: str) -> None:
     assert np.linalg.norm(chain.dense(stored) - weight) < most * np.linalg.norm(weight)
 
 
+@pytest.mark.parametrize(("left", "right"), [(3, 4), (11, 4), (3, 13), (12, 14)])
+def test_orthonormal_blocks_are_the_same_blocks(left: int, right: int) -> None:
+    """Also where there are more than channels, and where they are nearly dependent."""
+    rng = np.random.default_rng(0)
+    first, last = rng.standard_normal((2, left, 8)), rng.standard_normal((2, 12, right))
+    first[:, 1] = first[:, 0] * (1 + 1e-9)
+    blocks = Blocks(first, rng.standard_normal((2, right, left, 9)), last)
+    found = blocks.orthonormal()
+    np.testing.assert_allclose(found.dense, blocks.dense, rtol=1e-9, atol=1e-9)
+    assert [part.shape for part in found.parts] == [part.shape for part in blocks.parts]
+    for gram in (found.first @ found.first.swapaxes(1, 2), found.last.swapaxes(1, 2) @ found.last):
+        np.testing.assert_allclose(gram, np.stack([np.diag(np.diag(each)) for each in gram]), atol=1e-12)
+
+
 @pytest.mark.parametrize("scale", [1e-25, 1e20])
 def test_blocks_do_not_depend_on_the_scale(scale: float) -> None:
     weight = np.random.default_rng(0).standard_normal((1, 64, 64, 3, 3))

@@ -61,6 +61,22 @@ class Blocks:
         """What the blocks' last stages read, (N r2, C K)."""
         return np.einsum("nqpk,npc->nqck", self.cores, self.first, optimize=True).reshape(-1, self._inputs)
 
+    def orthonormal(self) -> Blocks:
+        """The same blocks, every A_n with orthonormal rows and B_n with orthonormal columns: nothing cancels inside.
+
+        Rows and columns beyond those of the weight are zero.
+        """
+        q_in, r_in = np.linalg.qr(self.first.swapaxes(1, 2))
+        q_out, r_out = np.linalg.qr(self.last)
+        cores = np.einsum("nbq,nqpk,nap->nbak", r_out, self.cores, r_in, optimize=True)
+        _, right, left, _ = self.cores.shape
+        more_in, more_out = left - q_in.shape[2], right - q_out.shape[2]
+        return Blocks(
+            np.pad(q_in, [(0, 0), (0, 0), (0, more_in)]).swapaxes(1, 2),
+            np.pad(cores, [(0, 0), (0, more_out), (0, more_in), (0, 0)]),
+            np.pad(q_out, [(0, 0), (0, 0), (0, more_out)]),
+        )
+
     @property
     def energy(self) -> float:
         """sum_n ||block_n||^2."""
@@ -163,7 +179,7 @@ class BlockFit(MixingFit):
         first, cores, end = (part.astype(np.float64) for part in inside.blocks.parts)
         outside = Blocks(first @ u_in.T, cores, scale * (u_out @ end))
         error = float(np.linalg.norm(weight.reshape(len(weight), -1) - outside.dense))
-        return _descended(weight, outside, self.sweeps - screening - inside.sweeps, error).blocks
+        return _descended(weight, outside, self.sweeps - screening - inside.sweeps, error).blocks.orthonormal()
 
 
 @dataclass(frozen=True, eq=False)
